@@ -5,8 +5,8 @@ import json
 
 import pytest
 import torch
-from tests.conftest import recipe_tensor
 
+from tests.conftest import recipe_tensor
 from vdot.models.attention import attention_backend, set_attention_backend
 from vdot.models.dit import EmbeddedText, padding_bias, sinusoid
 from vdot.models.presets import PRESETS, DitConfig
