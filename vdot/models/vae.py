@@ -70,10 +70,10 @@ class WanVAE(nn.Module):
 
     def __init__(self, model: AutoencoderKLWan) -> None:
         super().__init__()
-        config: Any = model.config  # type: ignore[attr-defined]
+        self.model: Any = model
+        config = self.model.config
         if config.is_residual or config.patch_size is not None or config.attn_scales:
             raise ValueError("WanVAE wraps the Wan2.1 autoencoder; this is the one of Wan2.2 or of another model.")
-        self.model: Any = model
         self._decoder_margins = _decoder_margins(self.model.decoder)
         self._encoder_margins = _encoder_margins(self.model.encoder)
         self._constants: OrderedDict[tuple, Tensor] = OrderedDict()
