@@ -12,7 +12,7 @@ shrinks from stage to stage, is equal to the untiled result up to rounding: no b
 import math
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -70,7 +70,7 @@ class WanVAE(nn.Module):
 
     def __init__(self, model: AutoencoderKLWan) -> None:
         super().__init__()
-        self.model: Any = model
+        self.model = cast(Any, model)  # the library's modules carry no type hints
         config = self.model.config
         if config.is_residual or config.patch_size is not None or config.attn_scales:
             raise ValueError("WanVAE wraps the Wan2.1 autoencoder; this is the one of Wan2.2 or of another model.")
