@@ -2,6 +2,7 @@
 
 import logging
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -15,8 +16,9 @@ from vdot.errors import InputError, OutputError
 
 _log = logging.getLogger("vdot.video")
 
-# A fixed thread count: x264's choices depend on it, and the same frames should give the same bytes on any machine.
-_X264 = {"crf": "16", "preset": "medium", "threads": "4"}
+# Same frames, same bytes: x264's choices depend on the number of threads, so that is fixed, and its macroblock tree
+# gives other bytes from run to run (seen with libavcodec 62 on AVX-512), so that is off.
+_X264 = {"crf": "16", "preset": "medium", "threads": "4", "x264-params": "mbtree=0:log-level=none"}
 _AAC_RATES = (96000, 88200, 64000, 48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000)
 
 
@@ -28,9 +30,8 @@ def atomic_path(path: str | os.PathLike) -> Iterator[str]:
         OutputError: the folder or the disk refuses.
     """
     name = os.path.abspath(os.fspath(path))
-    folder, base = os.path.split(name)
-    stem, suffix = os.path.splitext(base)
-    temporary = os.path.join(folder, f".{stem}.{os.getpid()}.tmp{suffix}")
+    folder = os.path.dirname(name)
+    temporary = os.path.join(folder, f".vdot-{uuid.uuid4().hex}.tmp")
     try:
         os.makedirs(folder, exist_ok=True)
         if os.path.isdir(name):
@@ -126,7 +127,7 @@ def _picture(frame: np.ndarray) -> Any:
     if any(extra for _, extra in odd):
         frame = np.pad(frame, [*odd, (0, 0)], mode="edge")
     picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-    return picture.reformat(format="yuv420p", dst_colorspace="ITU601", dst_color_range="MPEG")
+    return picture.reformat(format="yuv420p", dst_colorspace="ITU601")
 
 
 # --- sound -----------------------------------------------------------------------------------------------------------
@@ -170,11 +171,17 @@ def _decode_sound(container: Any, start: float, end: float) -> tuple[np.ndarray,
     samples = np.zeros((1 if layout == "mono" else 2, max(round((end - start) * rate), 0)), np.float32)
     if not samples.size:
         return None
+    at: int | None = None
     for frame in container.decode(stream):
         if frame.time is not None and frame.time >= end:
             break
         for piece in resampler.resample(frame):
-            _place(samples, piece.to_ndarray(), round(((piece.time or 0.0) - start) * rate))
+            stated = round(((piece.time or 0.0) - start) * rate)
+            # Matroska rounds times to milliseconds: pieces follow each other unless a real hole lies between them
+            if at is None or abs(stated - at) > 0.05 * rate:
+                at = stated
+            _place(samples, piece.to_ndarray(), at)
+            at += piece.samples
     return samples, rate
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vdot.errors import InputError
-from vdot.video.source import IMAGE_FORMATS, is_image, probe, read_frames
+from vdot.video.source import is_image, open_image, probe, read_frames
 
 _CHUNK = 8  # frames resized or converted at a time: bounds memory, not results
 
@@ -69,7 +69,7 @@ def read_image(path: str | os.PathLike, *, alpha: str = "white") -> np.ndarray:
     if not os.path.isfile(name):
         raise InputError(f"{name} does not exist.")
     try:
-        with Image.open(name, formats=IMAGE_FORMATS) as image:
+        with open_image(name) as image:
             image.load()
             return _rgb(ImageOps.exif_transpose(image), alpha)
     except UnidentifiedImageError as error:

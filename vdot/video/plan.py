@@ -68,8 +68,9 @@ def plan_frames(
     _check_numbers(max_area, frame_num, mode, budget_frames, fps)
     height, width = output_size(info.height, info.width, max_area)
     usable, notes = _shared_frames(info, mask)
-    notes += _shape_notes(info, mask, height, width)
     times = info.timestamps[:usable]
+    if frame_num is not None and frame_num > budget_frames:
+        notes.append(f"{frame_num} frames are more than the {budget_frames} of one pass: it may drift towards the end")
     ids, chosen = _choose(info, times, max_area, frame_num, mode, budget_frames, fps)
     notes += chosen
     rate, keeps, span, said = _timing(info, times, ids, mode, fps)
@@ -86,7 +87,7 @@ def plan_frames(
         keeps_timing=keeps,
         audio_start=span[0],
         audio_end=span[1],
-        notes=(*notes, *said),
+        notes=(*notes, *said, *_shape_notes(info, mask, height, width)),
         mode=mode,
     )
 
@@ -97,19 +98,23 @@ def describe(plan: FramePlan) -> str:
     distinct = len(set(plan.frame_ids))
     first, last = plan.frame_ids[0], plan.frame_ids[-1]
     lines = [
-        f"in    {plan.source_frames} frames, {plan.source_fps:.4g} fps, {wide}x{tall}",
+        f"in    {_count(plan.source_frames)}, {plan.source_fps:.4g} fps, {wide}x{tall}",
         f"used  {distinct} of them, {first} to {last} ({plan.mode}), "
         f"{plan.audio_start:.2f} s to {plan.audio_end:.2f} s",
-        f"out   {plan.frame_num} frames, {plan.fps:.4g} fps, {plan.frame_num / plan.fps:.2f} s, "
+        f"out   {_count(plan.frame_num)}, {plan.fps:.4g} fps, {plan.frame_num / plan.fps:.2f} s, "
         f"{plan.width}x{plan.height}" + _padding_remark(plan),
     ]
     return "\n".join(lines + [f"note  {note}" for note in plan.notes])
 
 
+def _count(frames: int) -> str:
+    return "1 frame" if frames == 1 else f"{frames} frames"
+
+
 def _padding_remark(plan: FramePlan) -> str:
     if plan.model_frames == plan.frame_num:
         return ""
-    return f" (the model makes {plan.model_frames}; the last {plan.model_frames - plan.frame_num} are cut off)"
+    return f" (the model makes {plan.model_frames}; the surplus at the end is cut off)"
 
 
 # --- the original's arithmetic ---------------------------------------------------------------------------------------
@@ -196,8 +201,8 @@ def _shared_frames(info: VideoInfo, mask: VideoInfo | None) -> tuple[int, list[s
     notes = []
     usable = min(info.frames, mask.frames)
     if mask.frames != info.frames:
-        notes.append(f"mask has {mask.frames} frames, source {info.frames}: both are cut to {usable}")
-    if mask.fps and abs(mask.fps / info.fps - 1) > 0.01:
+        notes.append(f"mask has {_count(mask.frames)}, source {info.frames}: both are cut to {usable}")
+    if mask.fps and info.fps and abs(mask.fps / info.fps - 1) > 0.01:
         notes.append(
             f"mask plays at {mask.fps:.4g} fps, source at {info.fps:.4g}: they are matched frame by frame, not by time"
         )
@@ -220,7 +225,7 @@ def _choose(
     if frame_num is None:
         return _choose_original(info, times, max_area, budget)
     ids = _spread(times, frame_num)
-    note = f"{len(times)} frames at {info.fps:.4g} fps are spread over {frame_num} frames"
+    note = f"{_count(len(times))} at {info.fps:.4g} fps are spread over {_count(frame_num)}"
     if len(times) < frame_num:
         note += ", so some are shown twice or more"
     return ids, [] if ids == tuple(range(len(times))) else [note]
@@ -237,9 +242,9 @@ def _choose_original(
     if len(ids) == count:
         return ids, notes
     if count - len(ids) < 4:
-        notes.append(f"{count} frames become {len(ids)}, the next lower 4n+1 that the model works in")
+        notes.append(f"{_count(count)} become {len(ids)}, the next lower 4n+1 that the model works in")
     else:
-        notes.append(f"{count} frames at {info.fps:.4g} fps are spread over {len(ids)} frames")
+        notes.append(f"{_count(count)} at {info.fps:.4g} fps are spread over {_count(len(ids))}")
     return ids, notes
 
 
@@ -249,9 +254,9 @@ def _choose_trim(
     count = frame_num or min(budget, len(times))
     ids = tuple(min(i, len(times) - 1) for i in range(count))
     if count > len(times):
-        return ids, [f"source has {len(times)} frames, {count} were asked for: the last one is held"]
+        return ids, [f"source has {_count(len(times))}, {count} were asked for: the last one is held"]
     if count < len(times):
-        return ids, [f"the first {count} of {len(times)} frames are used ({count / fps:.2f} s)"]
+        return ids, [f"the first {count} of {_count(len(times))} are used ({count / fps:.2f} s)"]
     return ids, []
 
 
@@ -282,20 +287,30 @@ def _timing(
     moving = _moving_frames(ids, mode)
     span = _covered(times, ids, moving, mode, fps)
     real = _real_fps(info, moving, span, mode, fps)
-    rate = fps or real
-    notes = []
-    keeps = abs(rate / real - 1) < 0.002
-    if not keeps:
+    rate = float(fps or real)
+    drift = _drift(times[list(ids[:moving])], rate)
+    keeps, notes = True, []
+    if not _same(rate, real):
+        keeps = False
         notes.append(f"at {rate:.4g} fps it plays {rate / real:.3g} times as fast as the source")
-    drift = np.abs(np.arange(moving) / rate - times[list(ids[:moving]), 0]).max()
-    if keeps and drift > max(0.1, 1.5 / rate):
+    elif drift > max(0.1, 1.5 / rate):
         keeps = False
         notes.append(f"frame times are irregular: at an even {rate:.4g} fps some frames are {drift:.2f} s off")
-    elif not fps and abs(rate / info.fps - 1) > 0.002 if info.fps else False:
+    elif not _same(rate, info.fps):
         notes.append(f"{rate:.4g} fps keeps the real speed")
     if info.has_audio and not keeps:
         notes.append("the sound is left out: it would not fit the picture")
     return rate, keeps, span, notes
+
+
+def _drift(shown: np.ndarray, rate: float) -> float:
+    """Largest distance in seconds between when a frame plays at ``rate`` and when the source shows it, ``[N,2]``."""
+    plays = np.arange(len(shown)) / rate
+    return float(np.maximum(np.maximum(shown[:, 0] - plays, plays - shown[:, 1]), 0).max())
+
+
+def _same(rate: float, other: float) -> bool:
+    return abs(rate - other) <= 0.002 * rate
 
 
 def _moving_frames(ids: tuple[int, ...], mode: str) -> int:
@@ -321,7 +336,7 @@ def _real_fps(info: VideoInfo, moving: int, span: tuple[float, float], mode: str
     if seconds <= 0:
         return info.fps or NATIVE_FPS
     real = moving / seconds
-    return info.fps if info.fps and abs(real / info.fps - 1) < 0.002 else real
+    return info.fps if _same(real, info.fps) else real
 
 
 def _shape_notes(info: VideoInfo, mask: VideoInfo | None, height: int, width: int) -> list[str]:

@@ -8,6 +8,7 @@ is right about, and from PyAV otherwise; both decode the same pixels, bit for bi
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -21,7 +22,7 @@ from vdot.errors import InputError
 _FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,mpeg,mpegvideo,flv,asf,ogg,h264,hevc,ivf,nut,apng"
 _OPTIONS = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
 # Pillow's other plugins include one that runs Ghostscript and one that takes MPEG files for pictures.
-IMAGE_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF", "JPEG2000", "TGA")
+_IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF", "JPEG2000", "TGA")
 # decord 0.6 has wrong times for AVI and wrong pixels for 10-bit, and fails on MPEG-TS and GIF.
 _DECORD_FORMATS = ("mov", "matroska")
 _DECORD_PIXELS = ("yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p")
@@ -104,12 +105,20 @@ def is_image(path: str | os.PathLike) -> bool:
     from PIL import Image
 
     try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
+        with open_image(path) as image:
             return not (image.format in ("GIF", "WEBP", "PNG", "AVIF") and getattr(image, "is_animated", False))
     except Image.DecompressionBombError:
         return True
     except Exception:  # Pillow's plugins raise many types on foreign bytes; all mean "not an image"
         return False
+
+
+def open_image(path: str | os.PathLike) -> Any:
+    """``PIL.Image.open`` restricted to picture formats; lazy, nothing is decoded yet."""
+    from PIL import Image
+
+    Image.init()  # Pillow raises KeyError on the name of a format that this build of it lacks
+    return Image.open(path, formats=[name for name in _IMAGE_FORMATS if name in Image.OPEN])
 
 
 def read_frames(
@@ -192,7 +201,16 @@ def _video_stream(container: Any, name: str) -> Any:
 
 
 def _scan(name: str) -> _Scan:
-    """Demux the whole file (reads it once, decodes one frame) and check that it is all there."""
+    stat = os.stat(name)
+    return _scan_file(name, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=16)
+def _scan_file(name: str, size: int, modified: int) -> _Scan:
+    """Demux the whole file (reads it once, decodes one frame) and check that it is all there.
+
+    Cached by size and date, because a source is probed, planned and read, each from its path alone.
+    """
     with _open(name) as container:
         stream = _video_stream(container, name)
         packets, last_end = _packets(container, stream, name)
@@ -222,7 +240,7 @@ def _scan(name: str) -> _Scan:
         by_order=by_order,
         height=first.height,
         width=first.width,
-        turns=round(first.rotation / 90) % 4,
+        turns=round(getattr(first, "rotation", 0) / 90) % 4,
         **facts,
     )
 
@@ -258,7 +276,7 @@ def _check_complete(container: Any, stream: Any, packets: list[_Packet], last_en
         raise InputError(f"{name} is truncated: none of its {stream.frames} frames is there.")
     if container.format.name.startswith("matroska") and container.duration:
         promised = (container.duration + (container.start_time or 0)) / av.time_base
-        if last_end < promised - 1.0:
+        if last_end < promised - 0.3:  # codec delays round the promise by less
             raise InputError(f"{name} is truncated: it ends at {last_end:.1f} s of {promised:.1f} s.")
 
 
@@ -352,7 +370,7 @@ def _pyav_frames(scan: _Scan, ids: list[int]) -> Iterator[tuple[int, np.ndarray]
         for index, frame in _decode_from(scan, start, run[-1]):
             if index in left:
                 left.discard(index)
-                yield index, _displayed(frame, scan.turns)
+                yield index, _displayed(scan, frame)
             if not left:
                 break
         missing += sorted(left)
@@ -361,7 +379,7 @@ def _pyav_frames(scan: _Scan, ids: list[int]) -> Iterator[tuple[int, np.ndarray]
         for index, frame in _decode_from(scan, 0, missing[-1]):
             if index in left:
                 left.discard(index)
-                yield index, _displayed(frame, scan.turns)
+                yield index, _displayed(scan, frame)
         if left:
             raise InputError(f"{scan.path} is damaged: frame {min(left)} cannot be decoded.")
 
@@ -404,9 +422,10 @@ def _index_of(scan: _Scan, pts: int | None) -> int | None:
     return index if index < len(scan.pts) and scan.pts[index] == pts else None
 
 
-def _displayed(frame: Any, turns: int) -> np.ndarray:
-    pixels = frame.to_ndarray(format="rgb24")
-    return np.ascontiguousarray(np.rot90(pixels, turns)) if turns else pixels
+def _displayed(scan: _Scan, frame: Any) -> np.ndarray:
+    # a stream may change its size halfway; all frames take the size of the first
+    pixels = frame.to_ndarray(format="rgb24", width=scan.width, height=scan.height)
+    return np.ascontiguousarray(np.rot90(pixels, scan.turns)) if scan.turns else pixels
 
 
 def first_frame_time(container: Any) -> float:
