@@ -438,7 +438,7 @@ def check_invariants(info: VideoInfo, plan: Any, area: int) -> None:
     assert plan.model_frames % 4 == 1 and 0 <= plan.model_frames - plan.frame_num < 4
     assert len(plan.model_ids) == plan.model_frames and plan.model_ids[: plan.frame_num] == plan.frame_ids
     assert set(plan.model_ids[plan.frame_num :]) <= {plan.frame_ids[-1]}
-    assert plan.fps > 0 and 0 <= plan.audio_start < plan.audio_end <= info.duration + 1e-5
+    assert plan.fps > 0 and 0 <= plan.audio_start < plan.audio_end <= info.duration * (1 + 1e-6)
 
 
 @settings(max_examples=150, deadline=None)
@@ -467,13 +467,13 @@ def test_plan_properties(frames, width, height, fps, area, frame_num, mode, rate
         assert plan.fps == rate
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(height=st.integers(16, 3000), width=st.integers(16, 3000), cells=st.integers(1, 15_000))
 def test_size_properties(height: int, width: int, cells: int) -> None:
     area = 256 * cells  # every size in multiples of 16
     rows, cols = (side // 16 for side in output_size(height, width, area))
     assert rows * cols * 256 <= area
-    if rows >= 2:  # rows are rounded to the nearest, then columns down
+    if min(rows, cols) >= 2:  # rows are rounded to the nearest, then columns down
         error = (cols / rows) / (width / height)
         assert ((rows - 0.5) / rows) ** 2 * cols / (cols + 1) - 1e-6 <= error <= ((rows + 0.5) / rows) ** 2 + 1e-6
     ids, out_h, out_w = original_rule(clip(81, width, height).timestamps, height, width, area)

@@ -209,7 +209,7 @@ def contact_sheet(
         raise InputError("A contact sheet needs at least one row.")
     bar, gap, font = 22, 4, ImageFont.load_default(14)
     heights = [max(1, round(cell_width * clip.shape[1] / clip.shape[2])) for _, clip in rows]
-    sheet = Image.new("RGB", (columns * (cell_width + gap) + gap, sum(h + bar + gap for h in heights) + gap), "white")
+    sheet = Image.new("RGB", (columns * (cell_width + gap) + gap, sum(h + bar + gap for h in heights) + gap), "silver")
     draw, top = ImageDraw.Draw(sheet), gap
     for (label, clip), height in zip(rows, heights, strict=True):
         draw.text((gap, top), label, fill="black", font=font)
