@@ -2,6 +2,7 @@
 
 from vdot.checkpoints.inspection import CheckpointInfo, PartInfo, inspect_checkpoint
 from vdot.checkpoints.loading import load_dit, load_text_encoder, load_vae
+from vdot.checkpoints.saving import save_checkpoint
 
 __all__ = [
     "CheckpointInfo",
@@ -10,4 +11,5 @@ __all__ = [
     "load_dit",
     "load_text_encoder",
     "load_vae",
+    "save_checkpoint",
 ]

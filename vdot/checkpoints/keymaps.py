@@ -6,7 +6,7 @@ Both tables are one-to-one, so translating forth and back is the identity.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 Rule = tuple[str, str]
 
@@ -146,15 +146,3 @@ def clean_keys(keys: Iterable[str]) -> tuple[dict[str, str], list[str]]:
             clashes.append(clean)
         names[clean] = key
     return names, clashes
-
-
-def renamed(state: Mapping[str, object], translate: KeyMap, to: str) -> dict[str, object]:
-    """``state`` under the other naming (``to`` is "library" or "native"). KeyError names a key without a rule."""
-    function = translate.to_library if to == "library" else translate.to_native
-    out = {}
-    for key, value in state.items():
-        name = function(key)
-        if name is None:
-            raise KeyError(key)
-        out[name] = value
-    return out
