@@ -22,9 +22,6 @@ from vdot.transport.problem import Problem
 # loses stays below N 2^-84, and sums under 2^-50 are recomputed with their true maximum.
 NEAR, SMALL, FLOOR = 16.0, 2.0**-50, -100.0
 
-# Relaxed update of a block of row potentials: (old block or None, its log-sum-exp, which rows) -> new block.
-Step = Callable[[Tensor | None, Tensor, slice], Tensor]
-
 
 def lse_block(logits: Tensor) -> Tensor:
     """log2 sum 2^logits over the last axis, ``[B,R,M] -> [B,R]``; the maximum is taken out, so nothing overflows."""
@@ -51,33 +48,34 @@ class Streamed:
     def cols(self, f: Tensor) -> Tensor:
         return torch.cat([self._lse(self.swapped, block, f) for block in self.blocks(self.swapped)], 1)
 
-    def sweep(self, f: Tensor | None, g: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
-        """One Sinkhorn iteration: new f, the row log-sums at (f, g), the column log-sums at the new f.
+    def sweep(self, f: Tensor | None, g: Tensor, omega: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """One iteration relaxed by ``omega [B]``: new f, new g, row log-sums at (f, g), column log-sums at the new f.
 
         With a previous f the exponents ``f + Z + g`` are those of a plan, hence tame: the maximum need not be found and
         one exponential serves both half-steps. Sums that under- or overflow send the iteration the safe way.
         """
         if f is None or torch.compiler.is_compiling():
-            return self._two_pass(f, g, step)
+            return self._two_pass(f, g, omega)
         row_sums, new = [], []
         col_sum = torch.zeros_like(g)
         for block in self.blocks(self.problem):
             old = f[:, block]
             plan = self.problem.logits(block, g).add_(old[..., None]).exp2_()
-            total = plan.sum(-1)
-            row_sums.append(total)
-            new.append(step(old, total.log2() - old, block))
+            row_sums.append(plan.sum(-1))
+            new.append(self.problem.relaxed(old, row_sums[-1].log2() - old, omega, block))
             col_sum += torch.bmm((new[-1] - old).exp2()[:, None], plan)[:, 0]
         row_sum = torch.cat(row_sums, 1)
-        ends = torch.stack([row_sum.amin(), col_sum.amin(), -row_sum.amax(), -col_sum.amax()])
-        if not bool((ends[:2] > SMALL**2).all() & (ends[2:] > -1 / SMALL).all()):  # NaN compares false
-            return self._two_pass(f, g, step)
-        return torch.cat(new, 1), row_sum.log2() - f, col_sum.log2() - g
+        low, high = torch.minimum(row_sum.amin(), col_sum.amin()), torch.maximum(row_sum.amax(), col_sum.amax())
+        if not bool((low > SMALL**2) & (high < 1 / SMALL)):  # NaN compares false
+            return self._two_pass(f, g, omega)
+        col_lse = col_sum.log2() - g
+        return torch.cat(new, 1), self.swapped.relaxed(g, col_lse, omega), row_sum.log2() - f, col_lse
 
-    def _two_pass(self, f: Tensor | None, g: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+    def _two_pass(self, f: Tensor | None, g: Tensor, omega: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         row_lse = self.rows(g)
-        f = step(f, row_lse, slice(None))
-        return f, row_lse, self.cols(f)
+        f = self.problem.relaxed(f, row_lse, omega)
+        col_lse = self.cols(f)
+        return f, self.swapped.relaxed(g, col_lse, omega), row_lse, col_lse
 
     def apply_rows(self, f: Tensor, g: Tensor, v: Tensor) -> Tensor:
         return self._apply(self.problem, f, g, v)
@@ -166,8 +164,8 @@ class Cached(Streamed):
     def cols(self, f: Tensor) -> Tensor:
         return self._reduce(f, 0)
 
-    def sweep(self, f: Tensor | None, g: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
-        return self._two_pass(f, g, step)
+    def sweep(self, f: Tensor | None, g: Tensor, omega: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self._two_pass(f, g, omega)
 
     def _reduce(self, h: Tensor, side: int) -> Tensor:
         """Log-sums over j (side 1, h = g) or over i (side 0, h = f), from the cache where it can answer."""

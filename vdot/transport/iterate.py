@@ -11,7 +11,6 @@ running with some w (Young 1954): ``mu^2 = (r + w - 1)^2 / (w^2 r)`` and ``w* = 
 """
 
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -62,13 +61,6 @@ def marginal_gap(problem: Problem, potential: Tensor, mass: Tensor) -> Tensor:
     return (mass - weight * (-soft).exp2()).abs().sum(1) / weight.sum(1)
 
 
-def relax(problem: Problem, old: Tensor | None, lse: Tensor, rows: slice, omega: Tensor) -> Tensor:
-    """The update of the module's docstring for a block of rows; ``omega [B]``."""
-    damp = problem.damp[:, None]
-    new = problem.log_a[:, rows] - damp * lse - (1 - damp) * problem.q_s[:, rows]
-    return new if old is None else old + omega[:, None] * (new - old)
-
-
 def iterate(
     engine: Streamed, state: State, max_iters: int, target: float, relaxation: float, history: History | None = None
 ) -> State:
@@ -85,7 +77,7 @@ def iterate(
     while k < max_iters:
         w = omega if k >= PLAIN and relaxation != 1 else plain
         old = f
-        f, row_lse, col_lse = engine.sweep(f, g, partial(relax, problem, omega=w))
+        f, new, row_lse, col_lse = engine.sweep(f, g, w)
         k += 1
         done = False
         if old is not None and (target > 0 or relaxation != 1 or history is not None):
@@ -93,7 +85,7 @@ def iterate(
             done = target > 0 and k % every == 0 and bool((errors[-1] <= target).all())
         if history is not None and history.keep:
             history.potentials.append((f, g, row_lse, col_lse))
-        g = relax(swapped, g, col_lse, slice(None), plain if done or k == max_iters else w)
+        g = swapped.relaxed(None, col_lse) if done or k == max_iters else new
         if done:
             break
         if relaxation != 1 and k > PLAIN and len(errors) > WINDOW and k % WINDOW == 0:

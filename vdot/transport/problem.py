@@ -57,6 +57,14 @@ class Problem:
             return _distance(self.s[:, rows], self.t)
         return (self.q_s[:, rows, None] - self.logits(rows, -self.q_t)).clamp_min_(0)
 
+    def relaxed(
+        self, old: Tensor | None, lse: Tensor, omega: Tensor | None = None, rows: slice = slice(None)
+    ) -> Tensor:
+        """Half-step for a block of f: ``f + omega (log2 a - d lse - (1 - d) q - f)``, with omega ``[B]`` (None: 1)."""
+        damp = self.damp[:, None]
+        new = self.log_a[:, rows] - damp * lse - (1 - damp) * self.q_s[:, rows]
+        return new if old is None or omega is None else old + omega[:, None] * (new - old)
+
     def swap(self) -> "Problem":
         """The same transport seen from y."""
         return replace(

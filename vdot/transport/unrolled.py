@@ -2,7 +2,7 @@
 
 Let ``S = -C / eps`` (in nats) and ``f_k = log a - d LSE_j(S + g_{k-1})``, ``g_k = log b - d LSE_i(S + f_k)`` for
 k = 1..K, and ``V = sum_ij P_ij C_ij`` with ``P = exp(f_K + S + g_K)``. The adjoints of the potentials start from
-``fbar = (P o C) 1``, ``gbar = (P o C)^T 1`` and run backwards through the softmaxes ``Q^k_ij = exp(S + f_k - LSE_i)`` and
+``fbar = (P o C) 1``, ``gbar = (P o C)^T 1`` and run backwards through the softmaxes ``Q^k_ij = exp(S + f_k - LSE_i)``,
 ``R^k_ij = exp(S + g_{k-1} - LSE_j)``, which are recomputed from the stored potentials:
 
     fbar <- fbar - d Q^k gbar,      gbar <- -d (R^k)^T fbar,      fbar <- 0,
