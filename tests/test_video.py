@@ -29,7 +29,6 @@ from vdot.video import (
     from_model,
     is_image,
     letterbox,
-    mask_notes,
     original_rule,
     output,
     output_size,
@@ -679,12 +678,6 @@ def test_mask_video_follows_the_frames_and_the_crop_of_the_source(media: Path, p
     write_video(media / "one.mp4", np.full((1, 32, 64, 3), 255, np.uint8), 16)
     assert read_mask(media / "one.mp4", range(7), 32, 64).shape == (7, 32, 64)
 
-
-def test_mask_notes_explain() -> None:
-    assert any("50%" in note for note in mask_notes(torch.tensor([[[0.0, 1.0]]])))
-    assert any("nothing is generated" in note for note in mask_notes(torch.zeros(2, 4, 4)))
-    assert any("nothing of the source is kept" in note for note in mask_notes(torch.ones(2, 4, 4)))
-    assert any("grey" in note for note in mask_notes(torch.full((2, 4, 4), 0.5)))
 
 
 def test_letterbox_of_extreme_shapes_keeps_a_pixel() -> None:

@@ -145,6 +145,8 @@ def explain_mask(source: np.ndarray, mask: np.ndarray) -> list[str]:
         notes.append(f"mask: {soft:.1%} of it is grey; above half counts as white")
     if changes.any():
         grey = (np.abs(source[changes].astype(np.int16) - int(UNKNOWN_GREY)) <= 4).all(-1).mean()
-        inside = "is grey (unknown): it is made up freely" if grey > 0.9 else "shows content: it steers what is generated"
+        inside = (
+            "is grey (unknown): it is made up freely" if grey > 0.9 else "shows content: it steers what is generated"
+        )
         notes.append(f"mask: the source inside the white area {inside}")
     return notes

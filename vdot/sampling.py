@@ -87,10 +87,10 @@ VDOT_SCHEDULE = FewStepSchedule()  # the published VDOT-14B
 VACE_SCHEDULE = FewStepSchedule(steps=50, shift=16.0, solver="unipc", guide_scale=5.0)  # the VACE teachers
 
 
-def _multistep(schedule: FewStepSchedule) -> UniPCMultistepScheduler | DPMSolverMultistepScheduler:
+def _multistep(schedule: FewStepSchedule) -> Any:
     """diffusers' solver at the original's noise levels; its own default levels differ by up to 2e-3."""
     kind = UniPCMultistepScheduler if schedule.solver == "unipc" else DPMSolverMultistepScheduler
-    solver = kind(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=schedule.shift)
+    solver: Any = kind(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=schedule.shift)
     solver.set_timesteps(schedule.steps)
     solver.sigmas, solver.timesteps = schedule.sigmas(), schedule.timesteps()
     solver.set_begin_index(0)  # count steps: equal truncated timesteps could not be told apart

@@ -70,9 +70,8 @@ def test_forward_equals_the_original(size, case, drop_padding, golden, golden_js
     meta = golden_json("dit/cases")[size]["cases"][case]
     for sample in range(len(meta["shapes"])):
         x, t, text, context = inputs(tensors, case, sample)
-        if drop_padding:
-            text = dit.embed_text(text, [text.shape[1]])
-        out = dit(x, t, text, context, context_scale=meta["context_scale"])
+        lengths = [text.shape[1]] if drop_padding else None
+        out = dit(x, t, text, context, context_scale=meta["context_scale"], lengths=lengths)
         torch.testing.assert_close(out[0], tensors[f"{case}.out.{sample}"], atol=TOLERANCE, rtol=0)
 
 
@@ -84,7 +83,7 @@ def test_a_batch_equals_its_samples(tiny, golden):
     for i, sample in enumerate(samples):
         text[i, : sample[2].shape[1]] = sample[2][0]
     x, t, context = (torch.cat([s[i] for s in samples]) for i in (0, 1, 3))
-    out = tiny(x, t, tiny.embed_text(text, [s[2].shape[1] for s in samples]), context)
+    out = tiny(x, t, text, context, lengths=[s[2].shape[1] for s in samples])
     for i in range(2):
         torch.testing.assert_close(out[i], tensors[f"batch2_same.out.{i}"], atol=TOLERANCE, rtol=0)
 
@@ -133,7 +132,7 @@ def test_keys_and_shapes_equal_the_published_checkpoint(name, reference):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_few_biased_rows_weigh_as_much_as_all_the_padding(length, dtype):
     kept = min(512, length + 4)
-    bias = padding_bias([length], kept, 512)
+    bias = padding_bias((length,), kept, 512)
     weight = bias.to(dtype).double().exp()[0, 0, 0]
     assert torch.equal(weight[:length], torch.ones(length, dtype=torch.float64))
     assert weight[length:].sum().item() == pytest.approx(512 - length, rel=2e-6)

@@ -31,7 +31,7 @@ def _cudnn(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
 
 
 def _unbiased(kernel: Callable[[Tensor, Tensor, Tensor], Any]) -> AttentionFn:
-    """Kernels without an additive bias serve the long self-attention; the short biased cross-attention stays on SDPA."""
+    """Kernels without an additive bias serve self-attention; the short, biased cross-attention stays on SDPA."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
         if bias is not None:

@@ -6,6 +6,7 @@ dtype of their weights.
 """
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -51,6 +52,11 @@ class Linear32(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.float()
         return F.linear(x.float(), self.weight.float(), bias)
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """Dtype that a layer computes in: that of its first parameter."""
+    return next(module.parameters()).dtype
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -126,7 +132,7 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + mod).chunk(6, dim=1)
         x = torch.addcmul(x, self.self_attn(modulate(self.norm1(x), shift1, scale1), rope), gate1)
         x = x + self.cross_attn(self.norm3(x), text)
-        y = modulate(self.norm2(x), shift2, scale2).to(self.ffn[0].weight.dtype)
+        y = modulate(self.norm2(x), shift2, scale2).to(dtype_of(self.ffn))
         return torch.addcmul(x, self.ffn(y), gate2)
 
 
@@ -145,7 +151,7 @@ class Head(nn.Module):
 
 
 def sinusoid(t: Tensor, dim: int) -> Tensor:
-    """``[cos(t w_j), sin(t w_j)]`` with ``w_j = 10000^(-j / (dim/2))``: ``[B] -> [B, dim]``, float64 where it exists."""
+    """``[cos(t w_j), sin(t w_j)]``, ``w_j = 10000^(-j / (dim/2))``: ``[B] -> [B, dim]``, float64 where it exists."""
     dtype = torch.float32 if t.device.type == "mps" else torch.float64
     half = dim // 2
     w = torch.pow(10000, -torch.arange(half, dtype=dtype, device=t.device) / half)
@@ -153,7 +159,8 @@ def sinusoid(t: Tensor, dim: int) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
-def padding_bias(lengths: list[int], kept: int, total: int) -> Tensor:
+@lru_cache(maxsize=64)
+def padding_bias(lengths: tuple[int, ...], kept: int, total: int) -> Tensor:
     """Bias ``[B, 1, 1, kept]`` that makes the first ``kept`` of ``total`` text rows act like all of them.
 
     Every padded row holds the same key and value, so n of them contribute ``n e^s v`` to the softmax sums: a few rows

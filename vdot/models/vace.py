@@ -1,14 +1,14 @@
 """VaceDiT: the Wan2.1 backbone with the VACE hint branch (Jiang et al. 2025, arXiv 2503.07598)."""
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import overload
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from vdot.models.dit import Block, EmbeddedText, Head, Linear32, PatchEmbedding, padding_bias, sinusoid
+from vdot.models.dit import Block, EmbeddedText, Head, Linear32, PatchEmbedding, dtype_of, padding_bias, sinusoid
 from vdot.models.presets import DitConfig
 from vdot.models.rope import Rope, rope_table
 
@@ -81,8 +81,8 @@ class VaceDiT(nn.Module):
                 if isinstance(module, nn.Linear):
                     nn.init.normal_(module.weight, std=0.02)
 
-    def embed_text(self, text: Tensor, lengths: list[int] | None = None) -> EmbeddedText:
-        """Project ``text [B, L <= text_len, text_dim]``, zero beyond each prompt's length, once for all steps.
+    def embed_text(self, text: Tensor, lengths: Sequence[int] | None = None) -> EmbeddedText:
+        """Project ``text [B, L <= text_len, text_dim]``, zero beyond each prompt's length.
 
         The original attends to all ``text_len`` rows, padding included. With ``lengths`` given, only the real rows and
         a few biased padding rows are kept, which is the same function at a fraction of the work.
@@ -93,9 +93,9 @@ class VaceDiT(nn.Module):
         bias, keep = None, total
         if lengths is not None:
             keep = min(total, TEXT_BUCKET * math.ceil((max(lengths) + PADDING_ROWS) / TEXT_BUCKET))
-            bias = padding_bias(lengths, keep, total).to(text.device) if keep < total else None
+            bias = padding_bias(tuple(lengths), keep, total).to(text.device) if keep < total else None
         text = nn.functional.pad(text[:, :keep], (0, 0, 0, max(0, keep - text.shape[1])))
-        return EmbeddedText(self.text_embedding(text.to(self.text_embedding[0].weight.dtype)), bias)
+        return EmbeddedText(self.text_embedding(text.to(dtype_of(self.text_embedding))), bias)
 
     def embed_time(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """``t [B]`` in [0, 1000] -> ``e [B, C]`` for the head and ``mod [B, 6, C]`` for the blocks, float32."""
@@ -107,9 +107,10 @@ class VaceDiT(nn.Module):
         self,
         x: Tensor,
         t: Tensor,
-        text: Tensor | EmbeddedText,
+        text: Tensor,
         vace_context: Tensor | None = None,
         context_scale: float = 1.0,
+        lengths: Sequence[int] | None = None,
         taps: None = None,
     ) -> Tensor: ...
 
@@ -118,9 +119,10 @@ class VaceDiT(nn.Module):
         self,
         x: Tensor,
         t: Tensor,
-        text: Tensor | EmbeddedText,
+        text: Tensor,
         vace_context: Tensor | None = None,
         context_scale: float = 1.0,
+        lengths: Sequence[int] | None = None,
         *,
         taps: Collection[int],
     ) -> tuple[Tensor, list[Tensor]]: ...
@@ -129,9 +131,10 @@ class VaceDiT(nn.Module):
         self,
         x: Tensor,
         t: Tensor,
-        text: Tensor | EmbeddedText,
+        text: Tensor,
         vace_context: Tensor | None = None,
         context_scale: float = 1.0,
+        lengths: Sequence[int] | None = None,
         taps: Collection[int] | None = None,
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
         """Predict the velocity ``noise - x0``.
@@ -139,9 +142,10 @@ class VaceDiT(nn.Module):
         Args:
             x: noisy latents ``[B, 16, F, H, W]``; H and W even.
             t: timesteps ``[B]`` in [0, 1000].
-            text: prompt embeddings ``[B, L, text_dim]`` (zero past the prompt), or the result of :meth:`embed_text`.
+            text: prompt embeddings ``[B, L <= text_len, text_dim]``, zero past each prompt.
             vace_context: ``[B or 1, 96, F, H, W]``; ``None`` or ``context_scale=0`` leaves the hint branch out.
             context_scale: weight of the hints.
+            lengths: rows of each prompt, if known: padding is then dropped, at the same result (:meth:`embed_text`).
             taps: numbers of blocks whose outputs ``[B, L, C]`` (hint included) are returned too, in block order.
 
         Returns:
@@ -154,16 +158,15 @@ class VaceDiT(nn.Module):
         grid = (x.shape[2], x.shape[3] // 2, x.shape[4] // 2)
         cos, sin = rope_table(self.config.head_dim, grid, x.device)
         rope: Rope = (self.scatter(cos), self.scatter(sin))
-        if isinstance(text, Tensor):
-            text = self.embed_text(text)
+        prompt = self.embed_text(text, lengths)
         e, mod = self.embed_time(t)
         tokens = self.scatter(self.patch_embedding(x)).float()
-        hints = self._branch(tokens, vace_context, mod, rope, text) if context_scale else None
+        hints = self._branch(tokens, vace_context, mod, rope, prompt) if context_scale else None
 
         features: list[Tensor] = []
         for i, block in enumerate(self.blocks):
             hint = next(hints) if hints is not None and i in self.config.vace_layers else None
-            tokens = block(tokens, mod, rope, text)
+            tokens = block(tokens, mod, rope, prompt)
             if hint is not None:
                 tokens = torch.add(tokens, hint, alpha=context_scale)
             if taps is not None and i in taps:

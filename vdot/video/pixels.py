@@ -139,17 +139,3 @@ def read_mask(path: str | os.PathLike, frame_ids: Sequence[int], height: int, wi
     else:
         frames = read_frames(path, frame_ids, (height, width))
     return torch.from_numpy(np.ascontiguousarray(frames[..., 0])).float().div_(255)
-
-
-def mask_notes(mask: Tensor) -> tuple[str, ...]:
-    """What a mask ``[T,H,W]`` in [0,1] asks for, and what looks like a mistake, in plain sentences."""
-    share = float((mask > 0.5).float().mean())
-    soft = float(((mask > 0.1) & (mask < 0.9)).float().mean())
-    notes = [f"mask: {share:.0%} of the pixels are white and are generated, the black rest is kept"]
-    if share == 0:
-        notes.append("the mask is black everywhere, so nothing is generated: white marks what to generate")
-    elif share == 1:
-        notes.append("the mask is white everywhere, so nothing of the source is kept: black marks what to keep")
-    if soft > 0.1:
-        notes.append(f"{soft:.0%} of the mask is grey: above the middle counts as white, below as black")
-    return tuple(notes)

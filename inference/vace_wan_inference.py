@@ -1,0 +1,12 @@
+#!/usr/bin/env python
+"""Text, source video, mask and reference images, in any combination, to a video. ``--help`` shows worked examples."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone as from an installation
+
+from vdot.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,350 @@
+"""The command line of ``inference/vace_wan_inference.py``: parse, plan, generate, save."""
+
+import argparse
+import difflib
+import secrets
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from tqdm import tqdm
+
+from vdot.checkpoints import CheckpointInfo, inspect_checkpoint
+from vdot.checkpoints.networks import network_configs
+from vdot.config import GenerateConfig, load_config
+from vdot.errors import CheckpointError, ConfigError, VdotError
+from vdot.jobs import read_jobs, run_jobs, summary
+from vdot.memory import MemoryPlan, plan_generation
+from vdot.models.attention import BACKENDS
+from vdot.models.presets import PRESETS
+from vdot.offload import offload_mode
+from vdot.pipeline import VdotPipeline, checkpoint_defaults, checkpoint_schedule, explain_out_of_memory
+from vdot.record import check_writable, fingerprint, run_folder, settings_hash, write_run
+from vdot.request import Prepared, Request, prepare
+from vdot.runtime import Stages, log, pick_device, pick_dtype, setup_logging, world_size
+from vdot.sampling import SOLVERS, FewStepSchedule
+
+ROOT = Path(__file__).resolve().parents[1]
+
+GROUPS: dict[str, dict[str, str]] = {
+    "what to make": {
+        "prompt": "what the video shows, in a sentence or a paragraph",
+        "negative_prompt": "what to avoid; used only when the guidance scale is not 1",
+        "src_video": "clip to follow or to edit",
+        "src_mask": "video or image of the clip's size: white generates, black keeps",
+        "src_ref_images": "pictures of what should appear: a.png,b.png",
+        "size": '"480p", "720p" or "W*H"; with a clip the area limit, its aspect is kept (default: the checkpoint\'s)',
+        "frame_num": "exact number of frames to get (default: the clip's, else the checkpoint's)",
+        "frame_mode": "how a clip is sampled: spread (over all of it, the original's way), trim (the first frames), "
+        "resample (--fps or 16 frames of each second)",
+        "fps": "frame rate of the result (default: real speed)",
+        "keep_source": "put the clip's own pixels back where the mask keeps; off: --no_keep_source",
+        "feather": "pixels over which generated content fades in, inside the mask",
+        "use_prompt_extend": "plain (the prompt as written) is what there is",
+    },
+    "how to sample (defaults travel with the checkpoint)": {
+        "sample_steps": "network steps; 4 for VDOT, 50 for the VACE teachers",
+        "sample_shift": "warp of the noise levels",
+        "sample_solver": ", ".join(SOLVERS),
+        "sample_guide_scale": "classifier-free guidance, a real number; 1 is off and costs half",
+        "context_scale": "strength of clip, mask and references",
+        "base_seed": "seed of the noise; -1 draws one and records it",
+    },
+    "model and machine": {
+        "ckpt_dir": "checkpoint folder of any published layout (default: models/VDOT, else models/vdot-tiny)",
+        "model_name": "checked against the checkpoint: vace-1.3B, vace-14B, vdot-14B, vdot-tiny",
+        "device": "cuda, cuda:N, mps or cpu (default: the best there is)",
+        "dtype": "float32, bfloat16 or float16 (default: bfloat16 on an accelerator, float32 on a CPU)",
+        "vae_dtype": "the same for the autoencoder (default: as --dtype)",
+        "attention": ", ".join(BACKENDS),
+        "compile": "compile the transformer's blocks: slower first video, faster ones after",
+        "offload_model": "false (all resident), true (one network at a time), block (one block at a time, 24 GB)",
+        "t5_cpu": "run the text encoder on the CPU",
+        "t5_fsdp": "shard the text encoder over GPUs (no effect on one process)",
+        "dit_fsdp": "shard the transformer over GPUs (no effect on one process)",
+        "ulysses_size": "ranks that share the attention heads (1 on one process)",
+        "ring_size": "ranks that share the tokens (1 on one process)",
+    },
+    "where it goes": {
+        "save_dir": "folder of the results (default: results/<model>/<time>)",
+        "save_file": "the video itself, elsewhere",
+        "jobs": "a .jsonl or .csv table of videos to make with one loaded model; resumable",
+        "dry_run": "print the plan and the memory it takes, make nothing",
+    },
+}
+
+EXAMPLES = """examples:
+  a video from text
+    %(prog)s --prompt "a red ball rolls over the grass"
+  a subject from a picture
+    %(prog)s --prompt "the toy drives through snow" --src_ref_images toy.png --size 832*480 --frame_num 81
+  a clip edited where the mask is white, the rest kept to the pixel
+    %(prog)s --prompt "a white cat on the sofa" --src_video clip.mp4 --src_mask mask.mp4
+  the published VDOT-14B on one 24 GB card, planned first
+    %(prog)s --ckpt_dir models/VDOT --offload_model block --prompt "..." --src_video depth.mp4 --dry_run
+
+Any option can also be written key=value, or come from --config FILE (YAML, or the run.json of an earlier run, which
+then repeats that run byte for byte)."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see --help)")
+
+
+def build_parser(prog: str) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog=prog,
+        description="Make a video from text and any of a source clip, a mask and reference pictures.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any option below, the other way to write it")
+    parser.add_argument("--config", metavar="FILE", help="YAML of options, or the run.json of an earlier run")
+    types = GenerateConfig.__annotations__
+    for title, options in GROUPS.items():
+        group = parser.add_argument_group(title)
+        for name, text in options.items():
+            if types[name] is bool or name == "offload_model":
+                group.add_argument(f"--{name}", nargs="?", const="true", metavar="BOOL", help=text)
+            else:
+                group.add_argument(f"--{name}", metavar=_metavar(types[name]), help=text)
+    parser.add_argument(
+        "--no_keep_source", dest="keep_source", action="store_const", const="false", help=argparse.SUPPRESS
+    )
+    return parser
+
+
+def _metavar(annotation: Any) -> str:
+    return "N" if "int" in str(annotation) else "X" if "float" in str(annotation) else "TEXT"
+
+
+def parse(argv: Sequence[str], prog: str) -> GenerateConfig:
+    """Defaults, then ``--config``, then flags and ``key=value``. ``ConfigError`` for anything not understood."""
+    parser = build_parser(prog)
+    args, unknown = parser.parse_known_intermixed_args(list(argv))
+    if unknown:
+        known = [s for a in parser._actions for s in a.option_strings]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
+        raise ConfigError(f"unknown option {unknown[0]}; " + (f"did you mean {near[0]}?" if near else "see --help"))
+    given = {k: v for k, v in vars(args).items() if v is not None and k not in ("overrides", "config")}
+    return load_config(GenerateConfig, args.config, args.overrides, given)
+
+
+def find_checkpoint(ckpt_dir: str | None) -> tuple[Path, str]:
+    """The folder to load and why it was chosen."""
+    if ckpt_dir is not None:
+        return Path(ckpt_dir), "as asked"
+    for name in ("VDOT", "vdot-tiny"):
+        for base in (Path(), ROOT):
+            folder = base / "models" / name
+            if folder.is_dir() and any(folder.iterdir()):
+                why = "found" if name == "VDOT" else "the small model of this repository: no --ckpt_dir, no models/VDOT"
+                return folder, why
+    raise CheckpointError("no checkpoint: give --ckpt_dir FOLDER, or put one into models/VDOT")
+
+
+def check_model_name(name: str | None, info: CheckpointInfo) -> None:
+    """The release loads 14B whatever the name says; here the name must fit."""
+    if name is None:
+        return
+    size = name.split("-", 1)[-1]
+    if size not in PRESETS:
+        raise ConfigError(f"unknown model_name {name!r}: use vace-1.3B, vace-14B, vdot-14B or vdot-tiny")
+    if info.dit is not None and info.dit != PRESETS[size].dit:
+        raise CheckpointError(f"{info.path} is not {name}: its transformer is {info.dit.dim} wide; drop --model_name")
+
+
+def check_parallel(config: GenerateConfig) -> None:
+    """One process for now; what would need more is refused, never ignored."""
+    if world_size() > 1:
+        raise ConfigError("sampling on several processes is not built yet: start without torchrun")
+    if config.ulysses_size != 1 or config.ring_size != 1:
+        raise ConfigError("ulysses_size and ring_size need several processes, which are not built yet: leave them out")
+    if config.use_prompt_extend != "plain":
+        raise ConfigError("prompt extension is not built yet: use --use_prompt_extend plain, or leave it out")
+    if config.t5_fsdp or config.dit_fsdp:
+        log.info("note  --t5_fsdp and --dit_fsdp have no effect on one process")
+
+
+def request_of(config: GenerateConfig) -> Request:
+    return Request(
+        prompt=config.prompt or "",
+        negative_prompt=config.negative_prompt,
+        src_video=config.src_video,
+        src_mask=config.src_mask,
+        src_ref_images=config.src_ref_images,
+        size=config.size,
+        frame_num=config.frame_num,
+        frame_mode=config.frame_mode,
+        fps=config.fps,
+        keep_source=config.keep_source,
+        feather=config.feather,
+        context_scale=config.context_scale,
+        seed=config.base_seed if config.base_seed >= 0 else secrets.randbelow(2**31),
+    )
+
+
+def schedule_of(config: GenerateConfig, default: FewStepSchedule) -> FewStepSchedule:
+    return default.override(
+        steps=config.sample_steps,
+        shift=config.sample_shift,
+        solver=config.sample_solver,
+        guide_scale=config.sample_guide_scale,
+    )
+
+
+@contextmanager
+def step_bar(steps: int) -> Iterator[Callable[..., None]]:
+    """One progress bar for the steps, which appears with the first of them."""
+    bars: list[tqdm] = []
+
+    def on_step(step: int, *_: Any) -> None:
+        if not bars:
+            bars.append(tqdm(total=steps, desc="sample", unit="step", leave=False, file=sys.stderr))
+        bars[0].update(step - bars[0].n)
+
+    try:
+        yield on_step
+    finally:
+        for bar in bars:
+            bar.close()
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "vace_wan_inference.py") -> int:
+    """Exit code: 0 done, 1 some jobs failed, 2 the request cannot be met (one sentence on stderr), 130 Ctrl-C."""
+    setup_logging()
+    try:
+        config = parse(sys.argv[1:] if argv is None else argv, prog)
+        check_parallel(config)
+        return _run(config)
+    except VdotError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return error.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted: nothing half-written is left\n")
+        return 130
+
+
+def _run(config: GenerateConfig) -> int:
+    offload_mode(config.offload_model)
+    path, why = find_checkpoint(config.ckpt_dir)
+    log.info("checkpoint %s (%s)", path, why)
+    info = inspect_checkpoint(path)
+    check_model_name(config.model_name, info)
+    session = Session(config, path, info)
+    if config.jobs is not None:
+        return session.run_table(config.jobs)
+    folder = run_folder(config, path)
+    if config.dry_run:
+        session.describe(config, session.prepare(config))
+        return 0
+    check_writable(folder)
+    video = Path(config.save_file) if config.save_file else folder / "out_video.mp4"
+    check_writable(video.parent)
+    session.generate(config, folder, video)
+    return 0
+
+
+class Session:
+    """One loaded model and the requests made of it."""
+
+    def __init__(self, config: GenerateConfig, path: Path, info: CheckpointInfo) -> None:
+        self.config, self.path, self.info = config, path, info
+        self.device = pick_device(config.device)
+        self.dtype = pick_dtype(config.dtype, self.device)
+        self.vae_dtype = self.dtype if config.vae_dtype is None else pick_dtype(config.vae_dtype, self.device)
+        self.files = [file for part in info.parts.values() for file in part.files]
+        self.fingerprint = fingerprint(self.files)
+        self._pipeline: VdotPipeline | None = None
+
+    @property
+    def pipeline(self) -> VdotPipeline:
+        """Loaded on first use: a bad request costs no loading, a finished batch neither."""
+        if self._pipeline is None:
+            c = self.config
+            with Stages(self.device)("load"):
+                self._pipeline = VdotPipeline.from_pretrained(
+                    self.path,
+                    self.device,
+                    self.dtype,
+                    self.vae_dtype,
+                    offload_mode(c.offload_model),
+                    c.attention,
+                    c.compile,
+                    c.t5_cpu,
+                )
+        return self._pipeline
+
+    def prepare(self, config: GenerateConfig) -> Prepared:
+        return prepare(request_of(config), checkpoint_defaults(self.info))
+
+    def schedule(self, config: GenerateConfig) -> FewStepSchedule:
+        return schedule_of(config, checkpoint_schedule(self.info))
+
+    def describe(self, config: GenerateConfig, prepared: Prepared) -> MemoryPlan:
+        """Print what will be made and what it takes."""
+        schedule = self.schedule(config)
+        for line in prepared.lines():
+            log.info("%s", line)
+        s = schedule
+        log.info(
+            "steps %d, %s, shift %g, guidance %g: %d network evaluations",
+            s.steps,
+            s.solver,
+            s.shift,
+            s.guide_scale,
+            s.evaluations,
+        )
+        dtypes = (self.dtype, self.dtype, self.vae_dtype)
+        plan = plan_generation(*network_configs(self.path), prepared.condition, schedule, dtypes)
+        for line in plan.describe(offload_mode(config.offload_model), self.device.type == "cpu"):
+            log.info("%s", line)
+        return plan
+
+    def generate(self, config: GenerateConfig, folder: Path, video: Path) -> None:
+        """One video and its record."""
+        request = request_of(config)
+        prepared = prepare(request, checkpoint_defaults(self.info))
+        schedule = self.schedule(config)
+        plan = self.describe(config, prepared)
+        try:
+            pipeline = self.pipeline
+            with step_bar(schedule.steps) as on_step:
+                result = pipeline.generate(request, schedule, prepared, on_step)
+        except torch.OutOfMemoryError as error:
+            raise explain_out_of_memory(plan) from error
+        checkpoint = {"path": str(self.path), "layout": self.info.layout, "fingerprint": self.fingerprint}
+        record = write_run(result, config, folder, checkpoint, video)
+        for note in result.notes[len(prepared.notes) :]:
+            log.info("note  %s", note)
+        log.info(
+            "%s: %d frames, %s, %.4g fps, seed %d", video, len(result.frames), record["size"], result.fps, result.seed
+        )
+
+    def run_table(self, table: str) -> int:
+        """All rows of a jobs file; 1 if any failed."""
+        jobs = read_jobs(table, self.config)
+        folder = Path(self.config.save_dir or Path("results") / self.path.name / Path(table).stem)
+        check_writable(folder)
+        if self.config.dry_run:
+            for job in jobs:
+                log.info("%s", job.id)
+                if job.config is None:
+                    log.info("  bad row: %s", job.error)
+                else:
+                    self.describe(job.config, self.prepare(job.config))
+            return 0
+        outcomes = run_jobs(
+            jobs,
+            folder,
+            lambda config, video: self.generate(config, Path(config.save_dir or folder), video),
+            lambda config: settings_hash(config, self.fingerprint),
+        )
+        for line in summary(outcomes):
+            log.info("%s", line)
+        return 1 if any(outcome.status == "failed" for outcome in outcomes) else 0

@@ -1,0 +1,230 @@
+"""What a generation will take, counted before anything is allocated.
+
+The real networks run once on the meta device, where tensors have shapes and no storage, under a mode that adds up
+the bytes alive and the floating-point operations. Nothing is estimated by formula but the attention kernel itself.
+"""
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import UMT5Config, UMT5EncoderModel
+
+from vdot.conditioning import Condition
+from vdot.models.attention import Attend
+from vdot.models.presets import DitConfig
+from vdot.models.vace import VaceDiT
+from vdot.models.vae import WanVAE
+from vdot.sampling import FewStepSchedule
+
+GIB = 2**30
+OFFLOAD_MODES = ("false", "true", "block")
+
+
+@dataclass(frozen=True)
+class StageCount:
+    """One network's part: bytes of its weights, of the largest block of them, of its activations; and its work."""
+
+    name: str
+    network: str  # stages of one network share its weights
+    weights: int
+    largest_block: int  # bytes that block-wise offloading keeps per slot
+    outside_blocks: int  # bytes that stay resident when blocks come and go
+    activations: int  # peak bytes alive beside the weights
+    flops: float
+
+    def device_bytes(self, mode: str) -> int:
+        """Peak on the device while this stage runs, when it alone is there."""
+        if mode == "block":
+            return self.outside_blocks + 2 * self.largest_block + self.activations  # the next block is prefetched
+        return self.weights + self.activations
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Counted peaks of a whole generation per offload mode."""
+
+    stages: tuple[StageCount, ...]
+    notes: tuple[str, ...] = field(default_factory=tuple)
+
+    @property
+    def weights(self) -> int:
+        return sum({stage.network: stage.weights for stage in self.stages}.values())
+
+    @property
+    def flops(self) -> float:
+        return sum(stage.flops for stage in self.stages)
+
+    def peak(self, mode: str) -> int:
+        """Bytes on the device for ``--offload_model mode``."""
+        if mode == "false":
+            return self.weights + max(stage.activations for stage in self.stages)
+        return max(stage.device_bytes(mode) for stage in self.stages)
+
+    def host(self, mode: str) -> int:
+        """Bytes of weights that wait in host memory."""
+        return 0 if mode == "false" else self.weights
+
+    def smallest_fit(self, available: int) -> str | None:
+        """The fastest mode whose peak fits into ``available`` bytes."""
+        return next((mode for mode in OFFLOAD_MODES if self.peak(mode) <= available), None)
+
+    def describe(self, mode: str, on_cpu: bool = False) -> list[str]:
+        lines = [
+            f"  {s.name:<14} weights {s.weights / GIB:7.2f} GiB   activations {s.activations / GIB:6.2f} GiB   "
+            f"{s.flops / 1e12:9.2f} TFLOP"
+            for s in self.stages
+        ]
+        if on_cpu:
+            lines.append(f"  peak in host memory {self.peak('false') / GIB:.2f} GiB (offloading does nothing on a CPU)")
+            return [*lines, *self.notes]
+        for choice in OFFLOAD_MODES:
+            mark = " <- chosen" if choice == mode else ""
+            lines.append(
+                f"  --offload_model {choice:<6} device {self.peak(choice) / GIB:7.2f} GiB   "
+                f"host {self.host(choice) / GIB:7.2f} GiB{mark}"
+            )
+        return [*lines, *self.notes]
+
+
+class LiveBytes(TorchDispatchMode):
+    """Peak bytes of storages created inside the mode and alive at the same time, the weights of ``module`` excluded."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.alive = self.peak = 0
+        self._weights = [t.untyped_storage() for t in (*module.parameters(), *module.buffers())]
+        self._seen: set[int] = {storage._cdata for storage in self._weights}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        torch.utils._pytree.tree_map_only(Tensor, self._watch, out)
+        return out
+
+    def _watch(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._seen:
+            return
+        size = storage.nbytes()
+        self._seen.add(key)
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.alive -= size
+
+
+def bytes_of(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in [*module.parameters(), *module.buffers()])
+
+
+def _blocks(module: nn.Module) -> list[nn.Module]:
+    """The repeated layers that block-wise offloading moves: members of the outermost module lists."""
+    found: list[nn.Module] = []
+    for child in module.children():
+        found.extend(child if isinstance(child, nn.ModuleList) else _blocks(child))
+    return found
+
+
+def count_stage(
+    name: str, module: nn.Module, run: Callable[[], Any], repeats: int = 1, whole: bool = False
+) -> StageCount:
+    """Run ``run`` once on the meta device; ``whole`` says that block-wise offloading treats the network as one."""
+    blocks = [] if whole else [bytes_of(block) for block in _blocks(module)]
+    weights = bytes_of(module)
+    extra: list[float] = []
+    restore = _count_attention(module, extra)
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as flops, LiveBytes(module) as live:
+            run()
+    finally:
+        restore()
+    outside = weights - sum(blocks)
+    total = (flops.get_total_flops() + sum(extra)) * repeats
+    return StageCount(name, name.split()[0], weights, max(blocks, default=0), outside, live.peak, total)
+
+
+def _count_attention(module: nn.Module, flops: list[float]) -> Callable[[], None]:
+    """On meta tensors SDPA falls back to the L x L formulation; stand in for the fused kernel that really runs."""
+    seams = [m for m in module.modules() if isinstance(m, Attend)]
+
+    def fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+        flops.append(4.0 * q.shape[0] * q.shape[1] * k.shape[1] * q.shape[2] * q.shape[3])
+        return torch.empty_like(q)
+
+    before = [seam.fn for seam in seams]
+    for seam in seams:
+        seam.fn = fused
+
+    def restore() -> None:
+        for seam, fn in zip(seams, before, strict=True):
+            seam.fn = fn
+
+    return restore
+
+
+def plan_generation(
+    dit_config: DitConfig,
+    text_config: Any,
+    vae_config: Any,
+    condition: Condition,
+    schedule: FewStepSchedule,
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+) -> MemoryPlan:
+    """Count text encoding, condition encoding, sampling and decoding of one request.
+
+    ``text_config`` and ``vae_config`` are the library configs of the checkpoint's own networks (or their dicts).
+    """
+    dit_dtype, text_dtype, vae_dtype = dtypes
+    with torch.device("meta"):
+        dit = VaceDiT(dit_config)
+        text = UMT5EncoderModel(UMT5Config(**_plain(text_config)))
+        vae = WanVAE(AutoencoderKLWan.from_config(_plain(vae_config)))
+    for module, dtype, islands in ((dit, dit_dtype, dit.FLOAT32_ISLANDS), (text, text_dtype, ()), (vae, vae_dtype, ())):
+        for name, parameter in module.named_parameters():
+            if not any(island in name for island in islands):
+                parameter.data = parameter.data.to(dtype)
+    prompts = 2 if schedule.guided else 1
+    ids = torch.zeros(prompts, dit_config.text_len, dtype=torch.long, device="meta")
+    video = torch.empty(1, 3, condition.frames, condition.height, condition.width, device="meta")
+    picture = video[:, :, :1]
+    channels, frames, rows, columns = condition.latent_shape
+    latents = torch.empty(1, channels, frames, rows, columns, device="meta")
+    told = torch.empty(1, dit_config.text_len, dit_config.text_dim, device="meta")
+    context = torch.empty(1, dit_config.vace_in_dim, frames, rows, columns, device="meta")
+    clips = 0 if condition.source is None else 1 if condition.mask is None else 2
+
+    def encode() -> None:
+        for part in [video] * clips + [picture] * len(condition.references):
+            vae.encode(part)
+
+    def decode() -> None:
+        for _ in vae.decode_stream(latents[:, :, len(condition.references) :]):
+            pass
+
+    stages = (
+        count_stage("text encoder", text, lambda: text(input_ids=ids)),
+        count_stage("vae encode", vae, encode, whole=True),
+        count_stage(
+            "transformer",
+            dit,
+            lambda: dit(latents, torch.zeros(1, device="meta"), told, context, lengths=[dit_config.text_len]),
+            repeats=schedule.evaluations,
+        ),
+        count_stage("vae decode", vae, decode, whole=True),
+    )
+    return MemoryPlan(stages)
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    return {key: value for key, value in values.items() if not key.startswith("_")}

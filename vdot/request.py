@@ -1,0 +1,270 @@
+"""What was asked for, checked and turned into pixels: any mix of source video, mask and references.
+
+Files are resampled as the frame plan says; arrays are used as they are. Every fix is stated in ``notes``.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vdot.conditioning import Condition, explain_mask
+from vdot.errors import CheckpointError, InputError
+from vdot.video import (
+    FramePlan,
+    VideoInfo,
+    describe,
+    is_image,
+    letterbox,
+    plan_frames,
+    probe,
+    read_frames,
+    read_image,
+    read_mask,
+    to_model,
+)
+from vdot.video.plan import CELL, model_frames
+
+Media = str | Path | np.ndarray
+NAMED_SIZES = {"480p": (832, 480), "720p": (1280, 720)}  # width, height
+TRAINED_REFERENCES = 3
+DEFAULTS_FILE = "defaults.json"
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a checkpoint generates when nothing else is said; beside its weights as ``defaults.json``."""
+
+    size: str = "480p"
+    frame_num: int = 81
+    fps: float = 16.0
+    negative_prompt: str = (
+        "overexposed, static, blurred details, subtitles, painting, still picture, grey overall, worst quality, "
+        "low quality, compression artefacts, ugly, incomplete, extra fingers, badly drawn hands, badly drawn face, "
+        "deformed, disfigured, fused fingers, cluttered background, three legs, crowded background, walking backwards"
+    )
+
+    @classmethod
+    def load(cls, folder: Path | str) -> "Defaults":
+        path = Path(folder, DEFAULTS_FILE)
+        if not path.is_file():
+            return cls()
+        values = json.loads(path.read_text(encoding="utf-8"))
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            raise CheckpointError(f"{path} has unknown keys {', '.join(unknown)}: is it from a newer version?")
+        return cls(**values)
+
+    def save(self, folder: Path | str) -> None:
+        Path(folder, DEFAULTS_FILE).write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One generation. Media are paths, or uint8 arrays ``[T,H,W,3]`` / ``[T,H,W]`` / ``[H,W,3]`` used as they are."""
+
+    prompt: str
+    negative_prompt: str | None = None
+    src_video: Media | None = None
+    src_mask: Media | None = None
+    src_ref_images: Sequence[Media] | Media | None = None
+    size: str | None = None
+    frame_num: int | None = None
+    frame_mode: str = "spread"
+    fps: float | None = None
+    keep_source: bool = True
+    feather: float = 8.0
+    context_scale: float = 1.0
+    seed: int = 2025
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request as the model gets it, and what is needed to make a file of the result."""
+
+    condition: Condition
+    frame_num: int  # frames the user gets, at most condition.frames
+    fps: float
+    plan: FramePlan | None = None  # of a source file
+    source: np.ndarray | None = None  # uint8 [model_frames, H, W, 3]
+    references: tuple[np.ndarray, ...] = ()  # uint8 [H, W, 3] as letterboxed
+    has_audio: bool = False
+    notes: tuple[str, ...] = field(default_factory=tuple)
+
+    def lines(self) -> list[str]:
+        """The plan in words."""
+        c = self.condition
+        if self.plan is not None:
+            head = describe(replace(self.plan, notes=())).splitlines()
+        else:
+            surplus = "" if c.frames == self.frame_num else f" (the model makes {c.frames}; the surplus is cut off)"
+            head = [f"out   {self.frame_num} frames, {self.fps:.4g} fps, {c.width}x{c.height}{surplus}"]
+        if c.references:
+            head.append(f"refs  {len(c.references)} image(s), letterboxed on white to {c.width}x{c.height}")
+        return head + [f"note  {note}" for note in self.notes]
+
+
+def parse_size(size: str) -> tuple[int, int]:
+    """ "480p", "720p" or "W*H" -> (width, height). ``InputError`` for anything else or not in multiples of 16."""
+    if size in NAMED_SIZES:
+        return NAMED_SIZES[size]
+    parts = size.lower().replace("x", "*").split("*")
+    if len(parts) != 2 or not all(part.strip().isdigit() for part in parts):
+        raise InputError(f'size {size!r} is not understood: use "480p", "720p" or "W*H", for example "832*480"')
+    width, height = (int(part) for part in parts)
+    if width % CELL or height % CELL or not width or not height:
+        near = "*".join(str(max(CELL, round(v / CELL) * CELL)) for v in (width, height))
+        raise InputError(f'size {size!r} must have both sides in multiples of {CELL}: the nearest is "{near}"')
+    return width, height
+
+
+def prepare(request: Request, defaults: Defaults) -> Prepared:
+    """Check ``request``, read its files and lay out the condition. ``InputError`` names what does not fit."""
+    _check(request)
+    width, height = parse_size(request.size or defaults.size)
+    if request.src_video is None:
+        frames = request.frame_num or defaults.frame_num
+        notes: list[str] = []
+        if frames > max(defaults.frame_num, 81):
+            notes.append(f"{frames} frames are more than this model was trained on: it may drift towards the end")
+        shown, references = _references(request.src_ref_images, height, width, notes)
+        condition = Condition(model_frames(frames), height, width, references=references)
+        return Prepared(condition, frames, request.fps or defaults.fps, references=shown, notes=tuple(notes))
+    if isinstance(request.src_video, np.ndarray):
+        return _from_array(request, request.src_video, defaults)
+    return _from_file(request, request.src_video, width * height, defaults)
+
+
+def _check(request: Request) -> None:
+    if not isinstance(request.prompt, str) or not request.prompt.strip():
+        raise InputError("the prompt is empty: describe the video in a sentence")
+    if request.frame_num is not None and request.frame_num < 1:
+        raise InputError(f"frame_num must be at least 1, got {request.frame_num}")
+    for name in ("context_scale", "feather", "fps"):
+        value = getattr(request, name)
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            raise InputError(f"{name} must be a number from 0 up, got {value!r}")
+    if request.src_mask is not None and request.src_video is None:
+        raise InputError("a mask needs the source video it belongs to: add --src_video, or leave --src_mask out")
+
+
+def _from_file(request: Request, path: str | Path, max_area: int, defaults: Defaults) -> Prepared:
+    info = probe(path)
+    mask_file = request.src_mask if isinstance(request.src_mask, str | Path) else None
+    plan = plan_frames(
+        info,
+        max_area=max_area,
+        frame_num=request.frame_num,
+        mode=request.frame_mode,  # type: ignore[arg-type]
+        mask=None if mask_file is None else _probe_mask(mask_file),
+        budget_frames=defaults.frame_num,
+        fps=request.fps,
+    )
+    notes = list(plan.notes)
+    source = read_frames(path, plan.model_ids, (plan.height, plan.width))
+    mask = None
+    if mask_file is not None:
+        mask = read_mask(mask_file, plan.model_ids, plan.height, plan.width)
+    elif request.src_mask is not None:
+        mask = _mask_array(request.src_mask, plan.frame_num, plan.height, plan.width, notes)
+    return _finish(request, source, mask, plan.frame_num, plan.fps, notes, plan, info.has_audio)
+
+
+def _probe_mask(path: str | Path) -> VideoInfo:
+    return probe(path, allow_image=True)
+
+
+def _from_array(request: Request, frames: np.ndarray, defaults: Defaults) -> Prepared:
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
+        raise InputError(f"src_video must be uint8 [T, H, W, 3], got {frames.dtype} {list(frames.shape)}")
+    count, height, width = frames.shape[:3]
+    if height % CELL or width % CELL:
+        raise InputError(f"a src_video array is used as it is: H and W must be multiples of {CELL}: {height}x{width}")
+    notes = []
+    if request.frame_num is not None and request.frame_num != count:
+        notes.append(f"frame_num {request.frame_num} is not used: the source array has {count} frames")
+    mask = None
+    if isinstance(request.src_mask, str | Path):
+        mask = _mask_file(request.src_mask, count, height, width)
+    elif request.src_mask is not None:
+        mask = _mask_array(request.src_mask, count, height, width, notes)
+    return _finish(request, frames, mask, count, request.fps or defaults.fps, notes, None)
+
+
+def _finish(
+    request: Request,
+    source: np.ndarray,
+    mask: Tensor | None,
+    frame_num: int,
+    fps: float,
+    notes: list[str],
+    plan: FramePlan | None,
+    has_audio: bool = False,
+) -> Prepared:
+    total = model_frames(frame_num)
+    source = np.concatenate([source, *[source[-1:]] * (total - len(source))])
+    if mask is not None:
+        mask = torch.cat([mask, *[mask[-1:]] * (total - len(mask))])
+        notes += explain_mask(source, mask.numpy())
+    height, width = source.shape[1:3]
+    shown, references = _references(request.src_ref_images, height, width, notes)
+    condition = Condition(total, height, width, to_model(source), mask, references)
+    return Prepared(condition, frame_num, fps, plan, source, shown, has_audio, tuple(notes))
+
+
+def _mask_file(path: str | Path, count: int, height: int, width: int) -> Tensor:
+    """A mask file for a source array: it must have a frame for each of the array's, or be a still."""
+    info = _probe_mask(path)
+    if not is_image(path) and info.frames not in (1, count):
+        raise InputError(f"the mask {path} has {info.frames} frames, the source array {count}: make them equal")
+    return read_mask(path, range(count), height, width)
+
+
+def _mask_array(mask: Any, count: int, height: int, width: int, notes: list[str]) -> Tensor:
+    """uint8 0..255, bool, or float in [0, 1], ``[T, H, W]`` or ``[H, W]`` -> float32 ``[T, H, W]`` in [0, 1]."""
+    array = np.asarray(mask)
+    if array.ndim == 2:
+        array = np.repeat(array[None], count, axis=0)
+    if array.shape != (count, height, width):
+        raise InputError(f"src_mask is {list(array.shape)}, the source gives {[count, height, width]}: make them equal")
+    full = 255 if array.dtype == np.uint8 and array.max() > 1 else 1
+    if array.dtype == np.uint8 and full == 1 and array.any():
+        notes.append("mask: its values are 0 and 1: 1 is taken for white")
+    values = array.astype(np.float32) / full
+    if not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
+        raise InputError("src_mask must be uint8 0 to 255, bool, or float from 0 to 1 (white or 1 generates)")
+    return torch.from_numpy(values)
+
+
+def reference_list(images: Sequence[Media] | Media | None) -> list[Media]:
+    """One path or array, a comma-separated string of paths, or a list of them -> a list."""
+    if images is None:
+        return []
+    if isinstance(images, str):
+        return [part.strip() for part in images.split(",") if part.strip()]
+    if isinstance(images, Path | np.ndarray):
+        return [images]
+    return list(images)
+
+
+def _references(
+    images: Sequence[Media] | Media | None, height: int, width: int, notes: list[str]
+) -> tuple[tuple[np.ndarray, ...], list[Tensor]]:
+    """The pictures as shown and as the model gets them, letterboxed on white."""
+    shown, tensors = [], []
+    for image in reference_list(images):
+        pixels = image if isinstance(image, np.ndarray) else read_image(image)
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] != 3:
+            raise InputError(f"a reference must be uint8 [H, W, 3], got {pixels.dtype} {list(pixels.shape)}")
+        canvas = letterbox(pixels, height, width)
+        tensors.append(canvas)
+        shown.append(((canvas[:, 0].permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).byte().numpy())
+    if len(tensors) > TRAINED_REFERENCES:
+        notes.append(f"{len(tensors)} references are more than the {TRAINED_REFERENCES} the model was trained with")
+    return tuple(shown), tensors
