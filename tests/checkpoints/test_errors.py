@@ -240,6 +240,15 @@ def test_all_problems_at_once_before_any_tensor(single: Path, tiny: Tiny, monkey
     assert "1 not floating point (blocks.3.norm3.weight)" in message
 
 
+def test_missing_tensors_that_sizes_are_read_from(single: Path, tiny: Tiny) -> None:
+    gone = ("patch_embedding.weight", "blocks.0.ffn.0.weight", "text_embedding.0.weight", "blocks.0.self_attn.q.weight")
+    save_file({k: v for k, v in tiny.dit.items() if k not in gone}, single)
+    message = one_sentence(single, r"4 missing \(")
+    assert all(key in message for key in gone)
+    (single.parent / "config.json").unlink()
+    one_sentence(single, "lacks the tensors that tell its dim, ffn_dim, and has no config.json")
+
+
 def test_config_and_tensors_that_disagree(single: Path) -> None:
     write_json(single.parent / "config.json", NATIVE_JSON | {"ffn_dim": 96})
     one_sentence(single, r"12 of another shape|18 of another shape")

@@ -70,6 +70,13 @@ class Layout:
 def find_layout(path: str | Path) -> Layout:
     """Recognise a folder or a file. CheckpointError when it is missing, empty, unfinished or of another model."""
     path = Path(path).expanduser()
+    try:
+        return _find_layout(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def _find_layout(path: Path) -> Layout:
     if path.is_file():
         return _single_file(path)
     if not path.is_dir():

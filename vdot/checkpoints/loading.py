@@ -5,7 +5,7 @@ shapes are compared with the files' headers, and only then are tensors read, cas
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,12 +35,6 @@ DTYPES = {
     "fp16": torch.float16,
 }
 KEYMAPS = {"dit": keymaps.DIT, "text_encoder": keymaps.T5, "vae": keymaps.VAE}
-# A name that only this network's native (first) or library (second) naming has: how a file's naming is recognised.
-MARKS = {
-    "dit": ("blocks.0.self_attn.q.weight", "blocks.0.attn1.to_q.weight"),
-    "text_encoder": ("blocks.0.attn.q.weight", "encoder.block.0.layer.0.SelfAttention.q.weight"),
-    "vae": ("encoder.downsamples.0.residual.2.weight", "encoder.down_blocks.0.conv1.weight"),
-}
 
 
 @dataclass(frozen=True)
@@ -166,11 +160,21 @@ def read_headers(part: str, place: Location, state_key: str | None = None) -> We
 
 
 def _naming(part: str, raw: dict[str, Source], place: Location) -> str:
-    for mark, naming in zip(MARKS[part], ("native", "library"), strict=True):
-        if mark in raw:
-            return naming
-    where = place.files[0]
-    raise CheckpointError(f"{where} is not the {PART_NAMES[part]} of Wan2.1-VACE or VDOT: {_recognise(raw)}.")
+    """Which naming most of the names follow. CheckpointError if most follow neither."""
+    naming, share = _best_naming(part, raw)
+    if share < 0.5 or _is_lora(raw):
+        raise CheckpointError(
+            f"{place.files[0]} is not the {PART_NAMES[part]} of Wan2.1-VACE or VDOT: {_recognise(raw)}."
+        )
+    return naming
+
+
+def _best_naming(part: str, raw: Iterable[str]) -> tuple[str, float]:
+    """-> ("native" or "library", share of the names that have a rule in it)."""
+    keymap, keys = KEYMAPS[part], list(raw)
+    native = sum(keymap.to_library(key) is not None for key in keys)
+    library = sum(keymap.to_native(key) is not None for key in keys)
+    return ("native" if native >= library else "library"), max(native, library) / max(1, len(keys))
 
 
 def _to_module_names(part: str, naming: str, raw: dict[str, Source]) -> dict[str, Source]:
@@ -187,14 +191,18 @@ def _to_module_names(part: str, naming: str, raw: dict[str, Source]) -> dict[str
     return raw
 
 
-def _recognise(raw: dict[str, Source]) -> str:
+def _is_lora(keys: Iterable[str]) -> bool:
+    return any("lora_" in key or ".lora." in key for key in keys)
+
+
+def _recognise(raw: Iterable[str]) -> str:
     """What a file with other names probably is."""
     keys = list(raw)
-    if any("lora_" in key or ".lora." in key for key in keys):
+    if _is_lora(keys):
         return "it is a LoRA adapter, which has to be merged into its base model first"
-    for part, marks in MARKS.items():
-        if any(mark in raw for mark in marks):
-            return f"it holds the {PART_NAMES[part]}"
+    part, share = max(((part, _best_naming(part, keys)[1]) for part in KEYMAPS), key=lambda guess: guess[1])
+    if share >= 0.5:
+        return f"it holds the {PART_NAMES[part]}"
     return f"its tensors are named {_listed(keys, 3)}"
 
 

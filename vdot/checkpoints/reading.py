@@ -80,8 +80,11 @@ def open_weights(path: Path, state_key: str | None = None) -> WeightFile:
     """
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist.")
-    with path.open("rb") as file:
-        head = file.read(64)
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
     _refuse_placeholders(path, head)
     if head[:4] == b"PK\x03\x04" or head[:1] == b"\x80":
         return TorchFile(path, state_key, zipped=head[:2] == b"PK")

@@ -1,5 +1,6 @@
 """Sizes of a network, from its ``config.json`` where there is one and from its tensors' shapes for the rest."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import fields
@@ -29,7 +30,9 @@ def count(shapes: Shapes, prefix: str) -> int:
 
 def dit_config(shapes: Shapes, config: Mapping[str, Any] | None, where: str, text_len: int | None) -> DitConfig:
     """``shapes`` by native names. A config in Wan's or in diffusers' names wins; its contradictions show up later."""
-    values = _dit_sizes(shapes, where)
+    if not any(key.startswith("vace_") for key in shapes):
+        raise CheckpointError(f"{where} is a Wan2.1 transformer without the VACE branch, which cannot be used.")
+    values = {name: value for name, value in _dit_sizes(shapes).items() if value is not None}
     if text_len:
         values["text_len"] = text_len
     names = {field.name for field in fields(DitConfig)}
@@ -37,6 +40,9 @@ def dit_config(shapes: Shapes, config: Mapping[str, Any] | None, where: str, tex
         name = DIFFUSERS_FIELDS.get(key, key)
         if name in names and value is not None:
             values[name] = value
+    unknown = [name for name in ("dim", "ffn_dim", "num_layers", "vace_layers") if not values.get(name)]
+    if unknown:
+        raise CheckpointError(f"{where} lacks the tensors that tell its {', '.join(unknown)}, and has no config.json.")
     if "num_heads" not in values:
         if values["dim"] % HEAD_DIM:
             raise CheckpointError(
@@ -50,28 +56,28 @@ def dit_config(shapes: Shapes, config: Mapping[str, Any] | None, where: str, tex
         raise CheckpointError(f"The config of {where} is not one of a VACE transformer: {error}.") from error
 
 
-def _dit_sizes(shapes: Shapes, where: str) -> dict[str, Any]:
-    try:
-        dim, in_dim, *patch = shapes["patch_embedding.weight"]
-        blocks, hints = count(shapes, "blocks"), count(shapes, "vace_blocks")
-        values: dict[str, Any] = {
-            "dim": dim,
-            "in_dim": in_dim,
-            "patch_size": tuple(patch),
-            "ffn_dim": shapes["blocks.0.ffn.0.weight"][0],
-            "num_layers": blocks,
-            "text_dim": shapes["text_embedding.0.weight"][1],
-            "freq_dim": shapes["time_embedding.0.weight"][1],
-        }
-        a, b, c = patch
-        values["out_dim"] = shapes["head.head.weight"][0] // (a * b * c)
-    except (KeyError, ValueError, IndexError) as error:
-        raise CheckpointError(f"{where} lacks the tensors that tell the transformer's sizes ({error}).") from error
-    if not hints or "vace_patch_embedding.weight" not in shapes:
-        raise CheckpointError(f"{where} is a Wan2.1 transformer without the VACE branch, which cannot be used.")
-    values["vace_in_dim"] = shapes["vace_patch_embedding.weight"][1]
-    values["vace_layers"] = tuple(range(0, blocks, max(1, blocks // hints)))[:hints]
-    return values
+def _dit_sizes(shapes: Shapes) -> dict[str, Any]:
+    """Every size that the tensors tell; ``None`` where the tensor is missing (the comparison will say so)."""
+
+    def size(key: str, axis: int) -> int | None:
+        shape = shapes.get(key, ())
+        return shape[axis] if axis < len(shape) else None
+
+    patch = shapes.get("patch_embedding.weight", ())[2:] or (1, 2, 2)
+    blocks, hints = count(shapes, "blocks"), count(shapes, "vace_blocks")
+    head = size("head.head.weight", 0)
+    return {
+        "dim": size("patch_embedding.weight", 0),
+        "in_dim": size("patch_embedding.weight", 1),
+        "patch_size": patch,
+        "ffn_dim": size("blocks.0.ffn.0.weight", 0),
+        "num_layers": blocks,
+        "text_dim": size("text_embedding.0.weight", 1),
+        "freq_dim": size("time_embedding.0.weight", 1),
+        "out_dim": head // math.prod(patch) if head else None,
+        "vace_in_dim": size("vace_patch_embedding.weight", 1),
+        "vace_layers": tuple(range(0, blocks, max(1, blocks // hints)))[:hints] if hints else None,
+    }
 
 
 def umt5_config(shapes: Shapes, config: Mapping[str, Any] | None, where: str) -> Any:
