@@ -32,7 +32,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("target", nargs="?", help="folder to write; without it, the source is only described")
     parser.add_argument("--layout", choices=LAYOUTS, default="native")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored, else float32")
-    parser.add_argument("--parts", nargs="+", choices=("dit", "text_encoder", "vae"), help="default: all there are; the transformer always")
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=("dit", "text_encoder", "vae"),
+        help="default: all there are; the transformer always",
+    )
     parser.add_argument("--state_key", help="which state dict of a .pt that holds several, e.g. generator_ema")
     parser.add_argument("--overwrite", action="store_true", help="replace the target folder if it exists")
     return parser.parse_args(argv)
