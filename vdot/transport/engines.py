@@ -21,6 +21,8 @@ from vdot.transport.problem import Problem
 # The cache answers for potentials within 2^16 of its base. Entries are floored at 2^-100, hence what the floor adds or
 # loses stays below N 2^-84, and sums under 2^-50 are recomputed with their true maximum.
 NEAR, SMALL, FLOOR = 16.0, 2.0**-50, -100.0
+# Entries of a plan never exceed its mass. Potentials from elsewhere may ask for more: they get this much, not Inf.
+MAX_EXPONENT = 60.0
 
 
 def lse_block(logits: Tensor) -> Tensor:
@@ -145,8 +147,8 @@ def _compiled_lse(problem: Problem, block: slice, g: Tensor) -> Tensor:
 
 
 def _plan(problem: Problem, block: slice, f: Tensor, g: Tensor) -> Tensor:
-    """A block of ``P [B,R,M]``. Potentials of a plan keep exponents below 0; the clamp holds for any others."""
-    return (problem.logits(block, g) + f[:, block, None]).clamp_(max=100.0).exp2_()
+    """A block of ``P [B,R,M]``."""
+    return (problem.logits(block, g) + f[:, block, None]).clamp_(max=MAX_EXPONENT).exp2_()
 
 
 class Cached(Streamed):
@@ -207,7 +209,7 @@ class Cached(Streamed):
         )
         if not near:
             self._fill(g)
-            self.kernel.add_(f[..., None]).clamp_(FLOOR, 100.0).exp2_()
+            self.kernel.add_(f[..., None]).clamp_(FLOOR, MAX_EXPONENT).exp2_()
             self.base = (f, g)
         assert self.base is not None
         inner, outer = (g - self.base[1], f - self.base[0]) if side == 1 else (f - self.base[0], g - self.base[1])

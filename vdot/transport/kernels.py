@@ -100,7 +100,7 @@ def _moments(  # type: ignore[no-untyped-def]
         cols = start + tl.arange(0, bm)
         z = _logits(s, s_ptr, t_ptr, rows, cols, n, m, dim, wide, power, dot)
         exponent = f[:, None] + z + tl.load(g_ptr + b * m + cols, cols < m, -3.0e38)[None, :]
-        plan = tl.exp2(tl.minimum(exponent, 100.0))
+        plan = tl.exp2(tl.minimum(exponent, 60.0))
         if cost_power == 1:
             plan *= -z
         if cost_power == -1:

@@ -1,11 +1,12 @@
 """What a solve says: potentials, costs, how far it is from done, where points go, which way they should move."""
 
-from dataclasses import dataclass, fields
+import math
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
 
-from vdot.transport.engines import Streamed
+from vdot.transport.engines import MAX_EXPONENT, Streamed
 from vdot.transport.iterate import State, marginal_gap
 from vdot.transport.problem import LN2, Problem
 
@@ -26,14 +27,17 @@ class Transport:
     effective_matches: Tensor  # exp(mean entropy of a row of P): 1 is an assignment, M is no information
     barycentre: Tensor  # [B,N,D] P y / P 1, where each x_i is sent
     gradient: Tensor  # [B,N,D] of cost and of OT_eps with respect to x, the plan held fixed
-    _problem: Problem
+    _problem: Problem = field(repr=False)
+    _reduced: tuple[Tensor, Tensor] = field(repr=False)  # f and g in bits and working precision
 
     def plan(self) -> Tensor:
         """The matrix ``P [B,N,M]``. For looking at small problems: nothing else here needs N x M numbers."""
-        problem = self._problem
-        f = self.f / problem.unit[:, None] + problem.log_a - problem.q_s
-        g = self.g / problem.unit[:, None] + problem.log_b - problem.q_t
-        return (problem.logits(slice(None), g) + f[..., None]).clamp_(max=100.0).exp2_()
+        f, g = self._reduced
+        plan = (self._problem.logits(slice(None), g) + f[..., None]).clamp_(max=MAX_EXPONENT).exp2_()
+        return plan.to(self.cost.dtype)
+
+
+_TENSORS = tuple(k.name for k in fields(Transport) if not k.name.startswith("_"))
 
 
 def measure(engine: Streamed, state: State, tol: float) -> Transport:
@@ -41,7 +45,7 @@ def measure(engine: Streamed, state: State, tol: float) -> Transport:
     problem, f, g = engine.problem, state.f, state.g
     assert f is not None and state.col_lse is not None
     moments = engine.weigh(f, g)  # P 1, P q', P t
-    mass_x, mass_y = moments[..., 0], (g + state.col_lse).clamp(max=100).exp2()
+    mass_x, mass_y = moments[..., 0], (g + state.col_lse).clamp(max=MAX_EXPONENT).exp2()
     wide = moments.double() if f.device.type != "mps" else moments  # MPS has no float64
     inner = (problem.s.to(wide) * wide[..., 2:]).sum((1, 2))  # sum P s.t
     if problem.p == 2:
@@ -52,8 +56,11 @@ def measure(engine: Streamed, state: State, tol: float) -> Transport:
         plan_logits, directions = -bits, engine.weigh(f, g, power=-1)
     mass = wide[..., 0].sum(1)
     nats = -LN2 * (plan_logits + (wide[..., 0] * f).sum(1) + (mass_y.to(wide) * g).sum(1))
-    share = (wide[..., 0] / mass[:, None]).clamp_min(1e-300 if wide.dtype == torch.float64 else 1e-37)
-    row_entropy = nats / mass + mass.log() + (share * share.log()).sum(1)
+    # H(P / m) - H(P 1 / m), within the bounds that rounding may leave; an unbalanced plan may have lost all its mass.
+    safe = mass.clamp_min(1e-30)
+    share = (wide[..., 0] / safe[:, None]).clamp_min(1e-30)
+    row_entropy = nats / safe + safe.log() + (share * share.log()).sum(1)
+    row_entropy = row_entropy.clamp(0, math.log(g.shape[1]))
     error = marginal_gap(problem, f, mass_x) + marginal_gap(problem.swap(), g, mass_y)
     phi = (f + problem.q_s - problem.log_a) * problem.unit[:, None]
     psi = (g + problem.q_t - problem.log_b) * problem.unit[:, None]
@@ -69,9 +76,11 @@ def measure(engine: Streamed, state: State, tol: float) -> Transport:
         mass=mass.to(out),
         entropy=nats.to(out),
         effective_matches=row_entropy.exp().to(out),
-        barycentre=moments[..., 2:] / mass_x.clamp_min(1e-30)[..., None] / problem.scale[:, None, None],
+        barycentre=problem.centre
+        + moments[..., 2:] / mass_x.clamp_min(1e-30)[..., None] / problem.scale[:, None, None],
         gradient=to_gradient(problem, directions),
         _problem=problem,
+        _reduced=(f, g),
     )
 
 
@@ -92,6 +101,9 @@ def to_gradient(problem: Problem, moments: Tensor) -> Tensor:
     return grad * (2 / problem.scale)[:, None, None] if problem.p == 2 else grad
 
 
-def join(parts: tuple[Transport, ...], problem: Problem) -> Transport:
-    names = [k.name for k in fields(Transport) if k.name != "_problem"]
-    return Transport(**{k: torch.cat([getattr(part, k) for part in parts]) for k in names}, _problem=problem)
+def join(parts: tuple[Transport, ...], problem: Problem, dtype: torch.dtype) -> Transport:
+    """Groups of a batch into one Transport, floating results in ``dtype``."""
+    joined = {k: torch.cat([getattr(part, k) for part in parts]) for k in _TENSORS}
+    rounded = {k: v.to(dtype) if v.is_floating_point() else v for k, v in joined.items()}
+    f, g = (torch.cat([part._reduced[side] for part in parts]) for side in (0, 1))
+    return Transport(**rounded, _problem=problem, _reduced=(f, g))

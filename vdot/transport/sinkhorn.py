@@ -6,12 +6,14 @@ with ``P 1 = a, P^T 1 = b`` unless ``reach`` relaxes them (``rho = reach^p``: th
 whose ``reg`` is eps; geomloss counts the same rho but halves squared costs). The plan has the form
 ``P_ij = a_i b_j exp((phi_i + psi_j - C_ij) / eps)`` (Cuturi 2013; Peyre and Cuturi 2019, "Computational OT").
 
-Clouds may have any float type. Sums and potentials are float32 (float64 for float64 input), whatever autocast says.
+Clouds may have any float type. Sums and potentials are float32 (float64 for float64 input), whatever autocast says;
+problems whose logits would lose their digits in float32 are solved in float64 and returned in float32.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,12 +22,14 @@ from vdot.errors import ConfigError, InputError
 from vdot.transport.clouds import clouds_to_latents, latents_to_clouds
 from vdot.transport.config import OTConfig
 from vdot.transport.engines import Cached, Streamed
-from vdot.transport.iterate import History, iterate, start
-from vdot.transport.problem import LN2, Problem, build, mean_cost, working_clouds
+from vdot.transport.iterate import History, iterate, iterate_symmetric, start
+from vdot.transport.problem import LN2, PROBLEM_TENSORS, Problem, build, mean_cost, working_clouds
 from vdot.transport.result import Transport, join, measure, to_gradient
 from vdot.transport.unrolled import unrolled_moments
 
 RELAXATION = 1.6
+TILE_BYTES = 2**20  # on a CPU; half to twice as much is as fast, 8 times as much a third slower
+EngineFactory = Callable[[Problem], Streamed]
 ENGINES = ("auto", "cached", "streamed", "compiled", "triton")
 Weights = tuple[Tensor | None, Tensor | None]
 
@@ -49,6 +53,8 @@ def sinkhorn(
     memory_mb: int | None = None,
 ) -> Transport:
     """Solve ``B`` transports between ``x [B,N,D]`` and ``y [B,M,D]`` in memory linear in N + M (plus ``memory_mb``).
+
+    A cloud to itself (``y is x``, the same weights, tol above 0) is solved by the symmetric iteration, in a few steps.
 
     Args:
         eps: entropic strength, a number or ``[B]``; with ``eps_mode="relative"`` a fraction of the mean cost.
@@ -223,13 +229,18 @@ def _solve(
 ) -> tuple[Transport, Tensor | None]:
     """Cut the batch into groups whose kernels fit the memory budget, solve each, join."""
     with _full_precision(x.device.type):
-        x, y = working_clouds(x, y)
+        itself = x is y and (weights is None or weights[0] is weights[1]) and options.tol > 0
+        x, y, centre = working_clouds(x, y)
         strength = torch.as_tensor(eps, dtype=x.dtype, device=x.device).expand(x.shape[0])
         if eps_mode == "relative":
             strength = strength * mean_cost(x, y, options.p).clamp_min(1e-6)
         elif eps_mode != "absolute":
             raise ConfigError(f"eps_mode must be 'absolute' or 'relative', got {eps_mode!r}")
-        problem = build(x, y, strength, options.p, weights or (None, None), options.reach)
+        dtype, marginals = x.dtype, weights or (None, None)
+        problem = build(x, y, centre, strength, options.p, marginals, options.reach)
+        if problem.too_wide_for_float32():  # a tiny eps or far outliers: rare, and worth the slower arithmetic
+            x, y, centre, strength = x.double(), y.double(), centre.double(), strength.double()
+            problem = build(x, y, centre, strength, options.p, marginals, options.reach)
         psi = _psi(warm_start, problem)
         engine, size = choose_engine(problem, options.engine, options.memory_mb)
         solved = []
@@ -238,20 +249,23 @@ def _solve(
             group = _slice(problem, part)
             start_psi = None if psi is None else psi[part]
             if options.eps_scaling is not None:
-                start_psi = _scaled_start(x[part], y[part], group, start_psi, options)
-            solved.append(_solve_group(engine(group), start_psi, options, unrolled))
+                start_psi = _scaled_start(group, start_psi, options.eps_scaling, engine)
+            solved.append(_solve_group(engine(group), start_psi, options, unrolled, itself))
     transports, grads = zip(*solved, strict=True)
-    return join(transports, problem), torch.cat(grads) if unrolled else None
+    return join(transports, problem, dtype), torch.cat(grads).to(dtype) if unrolled else None
 
 
 def _solve_group(
-    engine: Streamed, psi: Tensor | None, options: _Options, unrolled: bool
+    engine: Streamed, psi: Tensor | None, options: _Options, unrolled: bool, itself: bool
 ) -> tuple[Transport, Tensor | None]:
     """Iterate, measure, and iterate on while the measured error exceeds ``tol`` and the budget lasts."""
     history = History(keep=unrolled) if unrolled else None
     state, target = start(engine.problem, psi), options.tol
     while True:
-        state = iterate(engine, state, options.max_iters, target, options.omega, history)
+        if itself and not unrolled:
+            state = iterate_symmetric(engine, state, options.max_iters, target)
+        else:
+            state = iterate(engine, state, options.max_iters, target, options.omega, history)
         transport = measure(engine, state, options.tol)
         if state.iterations >= options.max_iters or bool(transport.converged.all()):
             break
@@ -269,60 +283,39 @@ def _psi(warm_start: "Transport | tuple[Tensor, Tensor] | None", problem: Proble
     return psi.detach().to(problem.s)
 
 
-def _scaled_start(x: Tensor, y: Tensor, problem: Problem, psi: Tensor | None, options: _Options) -> Tensor | None:
+def _scaled_start(problem: Problem, psi: Tensor | None, factor: float, engine: EngineFactory) -> Tensor | None:
     """Psi after one iteration at each eps of the schedule (Kosowsky and Yuille 1994), largest first."""
-    factor = options.eps_scaling or 0.5
-    eps, level = problem.unit / LN2, mean_cost(x, y, options.p)
-    while bool((level > eps).any()):
-        stage = build(
-            x, y, torch.maximum(level, eps), options.p, (problem.log_a.exp2(), problem.log_b.exp2()), options.reach
-        )
-        engine, _ = choose_engine(stage, options.engine, options.memory_mb)
+    bits = mean_cost(problem.s, problem.t, problem.p) / problem.p  # bits are |s - t|^2 / 2, or |s - t|
+    level = LN2 * bits * problem.unit
+    while bool((level > problem.unit).any()):
+        stage = problem.at(torch.maximum(level, problem.unit))
         state = iterate(engine(stage), start(stage, psi), 1, 0.0, 1.0)
         psi = (state.g + stage.q_t - stage.log_b) * stage.unit[:, None]
         level = level * factor
     return psi
 
 
-class _EngineFactory:
-    """Builds the chosen engine for a group of problems."""
-
-    def __init__(self, name: str, tile_bytes: int) -> None:
-        self.name, self.tile_bytes = name, tile_bytes
-
-    def __call__(self, problem: Problem) -> Streamed:
-        if self.name == "triton":
-            from vdot.transport.kernels import TritonEngine
-
-            return TritonEngine(problem, self.tile_bytes)
-        if self.name == "cached":
-            return Cached(problem, self.tile_bytes)
-        return Streamed(problem, self.tile_bytes, compiled=self.name == "compiled")
-
-
-def choose_engine(problem: Problem, name: str, memory_mb: int | None) -> tuple[_EngineFactory, int]:
-    """The engine, and how many problems of the batch go through it together."""
+def choose_engine(problem: Problem, name: str, memory_mb: int | None) -> tuple[EngineFactory, int]:
+    """What builds the engine of a group, and how many problems of the batch make a group."""
     batch, n, m = problem.shape
-    on_cpu = problem.s.device.type == "cpu"
+    on_cpu, compiling = problem.s.device.type == "cpu", torch.compiler.is_compiling()
     budget = (memory_mb or (16 if on_cpu else 256)) * 2**20
     matrix = n * m * problem.s.element_size()
     if name == "auto":
-        if (
-            problem.s.is_cuda
-            and problem.s.dtype == torch.float32
-            and _has_triton()
-            and not torch.compiler.is_compiling()
-        ):
+        if problem.s.is_cuda and problem.s.dtype == torch.float32 and _has_triton() and not compiling:
             name = "triton"
         else:
-            name = "cached" if matrix <= budget and not torch.compiler.is_compiling() else "streamed"
-    if name == "triton":
-        return _EngineFactory(name, budget), batch
+            name = "cached" if matrix <= budget and not compiling else "streamed"
     # A CPU wants its blocks in the cache, an accelerator wants them large.
-    return _EngineFactory(name, min(budget, TILE_BYTES) if on_cpu else budget), max(1, min(batch, budget // matrix))
+    tile_bytes = min(budget, TILE_BYTES) if on_cpu else budget
+    if name == "triton":
+        from vdot.transport.kernels import TritonEngine  # optional dependency
 
-
-TILE_BYTES = 2**20
+        return partial(TritonEngine, tile_bytes=tile_bytes), batch
+    size = max(1, min(batch, budget // matrix))
+    if name == "cached":
+        return partial(Cached, tile_bytes=tile_bytes), size
+    return partial(Streamed, tile_bytes=tile_bytes, compiled=name == "compiled"), size
 
 
 def _has_triton() -> bool:
@@ -339,5 +332,4 @@ def _full_precision(device_type: str) -> Iterator[None]:
 
 
 def _slice(problem: Problem, part: slice) -> Problem:
-    tensors = {k.name: getattr(problem, k.name)[part] for k in fields(problem) if k.name != "p"}
-    return replace(problem, **tensors)
+    return replace(problem, **{k: getattr(problem, k)[part] for k in PROBLEM_TENSORS})
