@@ -142,6 +142,20 @@ def test_feather_ramps_inside_a_large_region_and_spares_thin_ones():
     assert (np.diff(ramp) > 0).all() and ramp[0] < 0.2 and alpha[0, 32, 32] == 1
 
 
+def test_the_seam_closes_without_the_unknown_source():
+    """A generation that is 40 levels too bright meets the kept pixels without a step and is itself deep inside."""
+    mask = np.zeros((1, 96, 96), np.float32)
+    mask[0, 24:72, 24:72] = 1
+    source = np.full((1, 96, 96, 3), 100, np.uint8)
+    generated = np.full_like(source, 140)
+    out = keep_source(generated, source, mask, radius=8)
+    row = out[0, 48, :, 0].astype(int)
+    assert abs(row[24] - 100) <= 6 and row[48] == 140
+    assert np.abs(np.diff(row)).max() <= 8  # 40 levels over 8 pixels, and no halo
+    source[0, 24:72, 24:72] = 127  # what the source holds inside the mask must not matter
+    assert np.array_equal(keep_source(generated, source, mask, 8)[mask > 0], out[mask > 0])
+
+
 def test_mask_is_explained():
     source = np.full((1, 16, 16, 3), 127, np.uint8)
     mask = np.zeros((1, 16, 16), np.float32)

@@ -9,22 +9,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from tqdm import tqdm
 
 from vdot.checkpoints import CheckpointInfo, inspect_checkpoint
 from vdot.checkpoints.networks import network_configs
+from vdot.conditioning import Condition
 from vdot.config import GenerateConfig, load_config
-from vdot.errors import CheckpointError, ConfigError, VdotError
-from vdot.jobs import read_jobs, run_jobs, summary
-from vdot.memory import MemoryPlan, plan_generation
+from vdot.errors import CheckpointError, ConfigError, InputError, VdotError, one_line
+from vdot.jobs import Job, read_jobs, run_jobs, summary
+from vdot.memory import MemoryPlan, is_out_of_memory, plan_generation
 from vdot.models.attention import BACKENDS
 from vdot.models.presets import PRESETS
 from vdot.offload import offload_mode
 from vdot.pipeline import VdotPipeline, checkpoint_defaults, checkpoint_schedule, explain_out_of_memory
-from vdot.record import check_writable, fingerprint, run_folder, settings_hash, write_run
+from vdot.record import check_overwrites, default_folder, fingerprint, settings_hash, writable, write_run
 from vdot.request import Prepared, Request, prepare
-from vdot.runtime import Stages, log, pick_device, pick_dtype, setup_logging, world_size
+from vdot.runtime import Stages, log, pick_device, pick_dtype, setup_logging, total_memory, world_size
 from vdot.sampling import SOLVERS, FewStepSchedule
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,7 +42,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "resample (--fps or 16 frames of each second)",
         "fps": "frame rate of the result (default: real speed)",
         "keep_source": "put the clip's own pixels back where the mask keeps; off: --no_keep_source",
-        "feather": "pixels over which generated content fades in, inside the mask",
+        "feather": "pixels inside the mask over which the seam to the kept part is closed",
         "use_prompt_extend": "plain (the prompt as written) is what there is",
     },
     "how to sample (defaults travel with the checkpoint)": {
@@ -109,24 +109,42 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     for title, options in GROUPS.items():
         group = parser.add_argument_group(title)
         for name, text in options.items():
-            if types[name] is bool or name == "offload_model":
-                group.add_argument(f"--{name}", nargs="?", const="true", metavar="BOOL", help=text)
-            else:
-                group.add_argument(f"--{name}", metavar=_metavar(types[name]), help=text)
+            group.add_argument(f"--{name}", metavar=_metavar(types[name]), help=text)
     parser.add_argument(
         "--no_keep_source", dest="keep_source", action="store_const", const="false", help=argparse.SUPPRESS
     )
     return parser
 
 
+def _name_values(argv: Sequence[str]) -> list[str]:
+    """``--dry_run`` -> ``--dry_run=true``, but ``--offload_model block`` -> ``--offload_model=block``.
+
+    The value of a switch is optional, and argparse would take the key=value after it for one.
+    """
+    types = GenerateConfig.__annotations__
+    switches = {f"--{name}" for name in types if types[name] is bool or name == "offload_model"}
+    named: list[str] = []
+    for token in argv:
+        if named and named[-1] in switches:
+            has_value = not token.startswith("-") and "=" not in token
+            named[-1] += f"={token}" if has_value else "=true"
+            if has_value:
+                continue
+        named.append(token)
+    if named and named[-1] in switches:
+        named[-1] += "=true"
+    return named
+
+
 def _metavar(annotation: Any) -> str:
-    return "N" if "int" in str(annotation) else "X" if "float" in str(annotation) else "TEXT"
+    kinds = {"bool": "BOOL", "int": "N", "float": "X"}
+    return next((letter for kind, letter in kinds.items() if kind in str(annotation)), "TEXT")
 
 
 def parse(argv: Sequence[str], prog: str) -> GenerateConfig:
     """Defaults, then ``--config``, then flags and ``key=value``. ``ConfigError`` for anything not understood."""
     parser = build_parser(prog)
-    args, unknown = parser.parse_known_intermixed_args(list(argv))
+    args, unknown = parser.parse_known_intermixed_args(_name_values(argv))
     if unknown:
         known = [s for a in parser._actions for s in a.option_strings]
         near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
@@ -148,37 +166,46 @@ def find_checkpoint(ckpt_dir: str | None) -> tuple[Path, str]:
     raise CheckpointError("no checkpoint: give --ckpt_dir FOLDER, or put one into models/VDOT")
 
 
+MODEL_NAMES = {"vace-1.3B": "1.3B", "vace-14B": "14B", "vdot-14B": "14B", "vdot-tiny": "tiny"}
+
+
 def check_model_name(name: str | None, info: CheckpointInfo) -> None:
     """The release loads 14B whatever the name says; here the name must fit."""
     if name is None:
         return
-    size = name.split("-", 1)[-1]
-    if size not in PRESETS:
-        raise ConfigError(f"unknown model_name {name!r}: use vace-1.3B, vace-14B, vdot-14B or vdot-tiny")
-    if info.dit is not None and info.dit != PRESETS[size].dit:
+    if name not in MODEL_NAMES:
+        raise ConfigError(f"unknown model_name {name!r}: use {', '.join(MODEL_NAMES)}, or leave it out")
+    if info.dit is not None and info.dit != PRESETS[MODEL_NAMES[name]].dit:
         raise CheckpointError(f"{info.path} is not {name}: its transformer is {info.dit.dim} wide; drop --model_name")
 
 
-def check_parallel(config: GenerateConfig) -> None:
-    """One process for now; what would need more is refused, never ignored."""
+def check_options(config: GenerateConfig) -> None:
+    """What needs no checkpoint to be seen as wrong; what would need several processes is refused, never ignored."""
+    offload_mode(config.offload_model)
+    if config.attention not in BACKENDS:
+        raise ConfigError(f"unknown attention {config.attention!r}: choose one of {', '.join(BACKENDS)}")
     if world_size() > 1:
         raise ConfigError("sampling on several processes is not built yet: start without torchrun")
     if config.ulysses_size != 1 or config.ring_size != 1:
         raise ConfigError("ulysses_size and ring_size need several processes, which are not built yet: leave them out")
     if config.use_prompt_extend != "plain":
         raise ConfigError("prompt extension is not built yet: use --use_prompt_extend plain, or leave it out")
-    if config.t5_fsdp or config.dit_fsdp:
-        log.info("note  --t5_fsdp and --dit_fsdp have no effect on one process")
+    if config.save_file and config.jobs:
+        raise ConfigError("save_file names one video, a jobs table makes several: use --save_dir")
+    if config.save_file and Path(config.save_file).suffix.lower() != ".mp4":
+        raise ConfigError(f"save_file {config.save_file!r} must end in .mp4, which is what is written")
+    if config.save_file and Path(config.save_file).is_dir():
+        raise ConfigError(f"save_file {config.save_file!r} is a folder: give the name of the video")
 
 
 def request_of(config: GenerateConfig) -> Request:
     return Request(
         prompt=config.prompt or "",
         negative_prompt=config.negative_prompt,
-        src_video=config.src_video,
-        src_mask=config.src_mask,
+        src_video=config.src_video or None,  # scripts pass "" for "none"
+        src_mask=config.src_mask or None,
         src_ref_images=config.src_ref_images,
-        size=config.size,
+        size=config.size or None,
         frame_num=config.frame_num,
         frame_mode=config.frame_mode,
         fps=config.fps,
@@ -205,7 +232,7 @@ def step_bar(steps: int) -> Iterator[Callable[..., None]]:
 
     def on_step(step: int, *_: Any) -> None:
         if not bars:
-            bars.append(tqdm(total=steps, desc="sample", unit="step", leave=False, file=sys.stderr))
+            bars.append(tqdm(total=steps, desc="sample", unit="step", leave=False, file=sys.stderr, disable=None))
         bars[0].update(step - bars[0].n)
 
     try:
@@ -220,10 +247,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "vace_wan_inference.py")
     setup_logging()
     try:
         config = parse(sys.argv[1:] if argv is None else argv, prog)
-        check_parallel(config)
+        check_options(config)
         return _run(config)
     except VdotError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {one_line(error)}\n")
         return error.exit_code
     except KeyboardInterrupt:
         sys.stderr.write("interrupted: nothing half-written is left\n")
@@ -231,22 +258,25 @@ def main(argv: Sequence[str] | None = None, prog: str = "vace_wan_inference.py")
 
 
 def _run(config: GenerateConfig) -> int:
-    offload_mode(config.offload_model)
     path, why = find_checkpoint(config.ckpt_dir)
     log.info("checkpoint %s (%s)", path, why)
+    if config.t5_fsdp or config.dit_fsdp:
+        log.info("note  --t5_fsdp and --dit_fsdp have no effect on one process")
     info = inspect_checkpoint(path)
     check_model_name(config.model_name, info)
     session = Session(config, path, info)
     if config.jobs is not None:
         return session.run_table(config.jobs)
-    folder = run_folder(config, path)
+    prepared = session.prepare(config)
+    plan = session.describe(config, prepared)
     if config.dry_run:
-        session.describe(config, session.prepare(config))
         return 0
-    check_writable(folder)
-    video = Path(config.save_file) if config.save_file else folder / "out_video.mp4"
-    check_writable(video.parent)
-    session.generate(config, folder, video)
+    session.check_fit(plan)
+    folder = default_folder(path) if config.save_dir is None else Path(config.save_dir)
+    with writable(folder, fresh=config.save_dir is None) as folder:
+        video = Path(config.save_file) if config.save_file else folder / "out_video.mp4"
+        with writable(video.parent):
+            session.generate(config, folder, video, prepared, plan)
     return 0
 
 
@@ -261,6 +291,7 @@ class Session:
         self.files = [file for part in info.parts.values() for file in part.files]
         self.fingerprint = fingerprint(self.files)
         self._pipeline: VdotPipeline | None = None
+        self._plans: dict[tuple, MemoryPlan] = {}
 
     @property
     def pipeline(self) -> VdotPipeline:
@@ -288,10 +319,9 @@ class Session:
 
     def describe(self, config: GenerateConfig, prepared: Prepared) -> MemoryPlan:
         """Print what will be made and what it takes."""
-        schedule = self.schedule(config)
+        s = self.schedule(config)
         for line in prepared.lines():
             log.info("%s", line)
-        s = schedule
         log.info(
             "steps %d, %s, shift %g, guidance %g: %d network evaluations",
             s.steps,
@@ -300,26 +330,40 @@ class Session:
             s.guide_scale,
             s.evaluations,
         )
-        dtypes = (self.dtype, self.dtype, self.vae_dtype)
-        plan = plan_generation(*network_configs(self.path), prepared.condition, schedule, dtypes)
+        plan = self._plan(prepared.condition, s)
         for line in plan.describe(offload_mode(config.offload_model), self.device.type == "cpu"):
             log.info("%s", line)
         return plan
 
-    def generate(self, config: GenerateConfig, folder: Path, video: Path) -> None:
+    def _plan(self, condition: Condition, schedule: FewStepSchedule) -> MemoryPlan:
+        """Counted once per shape: a table asks for the same one many times."""
+        parts = (condition.source is None, condition.mask is None)
+        key = (*condition.latent_shape, len(condition.references), *parts, schedule.evaluations, schedule.guided)
+        if key not in self._plans:
+            dtypes = (self.dtype, self.dtype, self.vae_dtype)
+            self._plans[key] = plan_generation(*network_configs(self.path), condition, schedule, dtypes)
+        return self._plans[key]
+
+    def check_fit(self, plan: MemoryPlan) -> None:
+        """``InputError`` for what this machine can never hold, rather than a killed process or a late failure."""
+        mode, on_cpu = offload_mode(self.config.offload_model), self.device.type == "cpu"
+        plan.check_fit(mode, total_memory(self.device), on_cpu)
+
+    def generate(self, config: GenerateConfig, folder: Path, video: Path, prepared: Prepared, plan: MemoryPlan) -> None:
         """One video and its record."""
-        request = request_of(config)
-        prepared = prepare(request, checkpoint_defaults(self.info))
-        schedule = self.schedule(config)
-        plan = self.describe(config, prepared)
+        request, schedule = request_of(config), self.schedule(config)
+        check_overwrites(config, folder, video)
         try:
             pipeline = self.pipeline
             with step_bar(schedule.steps) as on_step:
                 result = pipeline.generate(request, schedule, prepared, on_step)
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             raise explain_out_of_memory(plan) from error
         checkpoint = {"path": str(self.path), "layout": self.info.layout, "fingerprint": self.fingerprint}
-        record = write_run(result, config, folder, checkpoint, video)
+        resolved = {key: str(getattr(self, key)).removeprefix("torch.") for key in ("dtype", "vae_dtype")}
+        record = write_run(result, config, folder, checkpoint, video, resolved)
         for note in result.notes[len(prepared.notes) :]:
             log.info("note  %s", note)
         log.info(
@@ -329,22 +373,32 @@ class Session:
     def run_table(self, table: str) -> int:
         """All rows of a jobs file; 1 if any failed."""
         jobs = read_jobs(table, self.config)
-        folder = Path(self.config.save_dir or Path("results") / self.path.name / Path(table).stem)
-        check_writable(folder)
+        folder = Path(self.config.save_dir or default_folder(self.path).with_name(Path(table).stem))
         if self.config.dry_run:
-            for job in jobs:
-                log.info("%s", job.id)
-                if job.config is None:
-                    log.info("  bad row: %s", job.error)
-                else:
-                    self.describe(job.config, self.prepare(job.config))
-            return 0
-        outcomes = run_jobs(
-            jobs,
-            folder,
-            lambda config, video: self.generate(config, Path(config.save_dir or folder), video),
-            lambda config: settings_hash(config, self.fingerprint),
-        )
+            return self._describe_table(jobs)
+
+        def generate(config: GenerateConfig, video: Path) -> None:
+            prepared = self.prepare(config)
+            plan = self.describe(config, prepared)
+            self.check_fit(plan)
+            self.generate(config, Path(config.save_dir or folder), video, prepared, plan)
+
+        with writable(folder):
+            outcomes = run_jobs(jobs, folder, generate, lambda config: settings_hash(config, self.fingerprint))
         for line in summary(outcomes):
             log.info("%s", line)
         return 1 if any(outcome.status == "failed" for outcome in outcomes) else 0
+
+    def _describe_table(self, jobs: list[Job]) -> int:
+        failed = 0
+        for job in jobs:
+            log.info("%s", job.id)
+            try:
+                if job.config is None:
+                    raise InputError(job.error or "bad row")
+                self.describe(job.config, self.prepare(job.config))
+            except VdotError as error:
+                failed += 1
+                log.info("  would fail: %s", one_line(error))
+        log.info("%d of %d would fail", failed, len(jobs))
+        return 1 if failed else 0

@@ -127,10 +127,29 @@ def feather(mask: np.ndarray, radius: float) -> np.ndarray:
 
 
 def keep_source(generated: np.ndarray, source: np.ndarray, mask: np.ndarray, radius: float) -> np.ndarray:
-    """Put the source's own pixels back where the mask keeps: uint8 ``[T, H, W, 3]`` twice, mask ``[T, H, W]``."""
-    alpha = feather(mask, radius)[..., None]
-    mixed = source.astype(np.float32) + alpha * (generated.astype(np.float32) - source)
-    return np.where(alpha == 0, source, np.rint(mixed).clip(0, 255).astype(np.uint8))
+    """Put the source's own pixels back where the mask keeps: uint8 ``[T, H, W, 3]`` twice, mask ``[T, H, W]``.
+
+    The seam is closed from the inside. The source there is unknown (often grey), so it is never mixed in; instead the
+    difference between source and generated picture just outside the edge is carried in and fades over ``radius``.
+    """
+    out = source.copy()
+    for i, alpha in enumerate(feather(mask, radius)):
+        kept = mask[i] <= MASK_THRESHOLD
+        if kept.all():
+            continue
+        picture = generated[i].astype(np.float32)
+        if kept.any():
+            picture += (1 - alpha)[..., None] * _edge_difference(source[i] - picture, kept, radius)
+        out[i] = np.where(kept[..., None], source[i], np.rint(picture).clip(0, 255).astype(np.uint8))
+    return out
+
+
+def _edge_difference(difference: np.ndarray, kept: np.ndarray, radius: float) -> np.ndarray:
+    """Average of ``difference [H, W, 3]`` over the kept pixels nearby: smooth, and defined across the edge."""
+    sigma = max(radius / 2, 0.5)
+    weight = cv2.GaussianBlur(kept.astype(np.float32), (0, 0), sigma)
+    total = cv2.GaussianBlur(difference * kept[..., None].astype(np.float32), (0, 0), sigma)
+    return total / np.maximum(weight, 1e-4)[..., None]
 
 
 def explain_mask(source: np.ndarray, mask: np.ndarray) -> list[str]:
