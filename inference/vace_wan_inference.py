@@ -6,7 +6,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone as from an installation
 
-from vdot.cli import main
-
 if __name__ == "__main__":
+    try:
+        from vdot.cli import main
+    except KeyboardInterrupt:  # the libraries take seconds to import
+        sys.exit(130)
     sys.exit(main())

@@ -23,8 +23,20 @@ class CheckpointError(VdotError, ValueError):
 
 
 class OutputError(VdotError, OSError):
-    """A result that could not be written (permission, full disk); nothing half-written is left."""
+    """A result that could not be written (permission, full disk); nothing half-written is left.
+
+    ``reason`` is the system's own word for it, without the file's name.
+    """
+
+    def __init__(self, message: str, reason: str | None = None) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class MissingDependencyError(VdotError, ImportError):
     """An optional package that was asked for by name and is not installed; names the command that installs it."""
+
+
+def one_line(error: BaseException) -> str:
+    """The message on one line: a list of tensors or a library's report may come on several."""
+    return " ".join(str(error).split())

@@ -1,16 +1,22 @@
 """Many generations with one loaded model: isolated from each other, resumable, summed up in a table."""
 
 import csv
+import io
 import json
+import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vdot.config import GenerateConfig, merge_config
-from vdot.errors import ConfigError, InputError, VdotError
+from vdot.errors import ConfigError, InputError, VdotError, one_line
+from vdot.record import file_hash
+from vdot.request import reference_list
 from vdot.runtime import log
+from vdot.video.output import remove_leftovers
 
 PATHS = ("src_video", "src_mask", "src_ref_images")
 # One model is loaded for all rows, so what belongs to the model cannot differ between them.
@@ -64,29 +70,43 @@ def read_jobs(path: str | Path, base: GenerateConfig) -> list[Job]:
     if not rows:
         raise InputError(f"{path} holds no jobs: write one JSON object a line, or a CSV with a header")
     jobs = [_job(row, number, path.parent, base) for number, row in enumerate(rows, start=1)]
-    ids = [job.id for job in jobs]
-    double = sorted({i for i in ids if ids.count(i) > 1})
-    if double:
-        raise InputError(f"{path}: the id {double[0]!r} is used more than once; ids name the output files")
+    seen = Counter(job.id.casefold() for job in jobs)  # some file systems do not tell A.mp4 from a.mp4
+    double = next((job.id for job in jobs if seen[job.id.casefold()] > 1), None)
+    if double is not None:
+        raise InputError(f"{path}: the id {double!r} is used more than once; ids name the output files")
     return jobs
 
 
 def _read_rows(path: Path) -> list[dict[str, Any] | str]:
+    if path.suffix.lower() not in (".jsonl", ".csv"):
+        raise InputError(f"the jobs file {path} must be a .jsonl (one JSON object a line) or a .csv with a header")
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        return (
+            _csv_rows(text) if path.suffix.lower() == ".csv" else [_json_row(x) for x in text.split("\n") if x.strip()]
+        )
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"cannot read the jobs file {path}: {getattr(error, 'strerror', None) or error}") from error
-    if path.suffix.lower() == ".csv":
-        table = csv.DictReader(text.splitlines())
-        return [{k: v for k, v in row.items() if k and v not in ("", None)} for row in table]
+
+
+def _csv_rows(text: str) -> list[dict[str, Any] | str]:
+    """Empty cells say nothing; ``StringIO`` keeps the line breaks inside quoted cells."""
     rows: list[dict[str, Any] | str] = []
-    for line in filter(str.strip, text.splitlines()):
-        try:
-            row = json.loads(line)
-            rows.append(row if isinstance(row, dict) else "the line is not a JSON object")
-        except json.JSONDecodeError as error:
-            rows.append(f"the line is not JSON: {error.msg} at column {error.colno}")
+    for row in csv.DictReader(io.StringIO(text, newline="")):
+        if None in row:
+            rows.append("the row has more cells than the header: quote a cell that holds a comma")
+        else:
+            rows.append({key.strip(): value for key, value in row.items() if value not in ("", None)})
     return rows
+
+
+def _json_row(line: str) -> dict[str, Any] | str:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        where = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+        return f"the line is not JSON: {getattr(error, 'msg', error)}{where}"
+    return row if isinstance(row, dict) else "the line is not a JSON object"
 
 
 def _job(row: dict[str, Any] | str, number: int, folder: Path, base: GenerateConfig) -> Job:
@@ -94,25 +114,45 @@ def _job(row: dict[str, Any] | str, number: int, folder: Path, base: GenerateCon
     if isinstance(row, str):
         return Job(name, None, row)
     values = dict(row)
-    name = str(values.pop("id", name))
-    if not name or name.startswith(".") or any(c in name for c in '/\\:\0*?"<>|'):
-        return Job(f"{number:04d}", None, f"the id {name!r} cannot be a file name")
+    given = values.pop("id", None)
+    if given is not None:
+        problem = _bad_id(given)
+        if problem:
+            return Job(name, None, f"the id {given!r} cannot be a file name: {problem}")
+        name = str(given)
     wrong = sorted(set(values) - set(PER_ROW))
     if wrong:
         return Job(name, None, f"unknown or not per-video option {wrong[0]!r}; a row may give: {', '.join(PER_ROW)}")
     for key in PATHS:
-        if key in values:
-            listed = values[key] if isinstance(values[key], list) else str(values[key]).split(",")
-            values[key] = ",".join(_resolve(str(item).strip(), folder) for item in listed)
+        if values.get(key):
+            values[key] = _beside(values[key], key, folder)
     try:
         return Job(name, merge_config(base, values, f"job {name}"))
     except ConfigError as error:
         return Job(name, None, str(error))
 
 
-def _resolve(path: str, folder: Path) -> str:
-    beside = folder / path
-    return str(beside) if beside.exists() else path
+def _bad_id(value: Any) -> str | None:
+    """Why ``value`` cannot name ``<id>.mp4`` and the folder ``<id>/`` on every file system."""
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        return "it must be text"
+    name = str(value)
+    if not name or name != name.strip() or name.startswith(".") or name.endswith("."):
+        return "it is empty, or begins or ends with a dot or a space"
+    if any(c in '/\\:*?"<>|' or not c.isprintable() for c in name):
+        return 'it holds one of / \\ : * ? " < > | or an invisible character'
+    if name.lower().endswith(".mp4"):
+        return "leave out .mp4, it is added"
+    return "it is longer than 200 bytes" if len(name.encode()) > 200 else None
+
+
+def _beside(value: Any, key: str, folder: Path) -> Any:
+    """Media paths of a row, those that lie beside the table from there."""
+    if isinstance(value, list):
+        listed = [str(item) for item in value]
+    else:
+        listed = [str(p) for p in reference_list(str(value), folder)] if key == "src_ref_images" else [str(value)]
+    return ",".join(str(folder / path) if os.path.exists(folder / path) else path for path in listed)
 
 
 def run_jobs(
@@ -126,6 +166,7 @@ def run_jobs(
     A job whose video and record are there with the same settings is skipped; anything else is made anew. An error
     ends its own job only; Ctrl-C ends the batch.
     """
+    remove_leftovers(folder)
     outcomes = []
     for number, job in enumerate(jobs, start=1):
         log.info("job %d of %d: %s", number, len(jobs), job.id)
@@ -145,21 +186,27 @@ def _run_one(
 ) -> tuple[str, str]:
     if job.config is None:
         return "failed", job.error or "bad row"
-    video = folder / f"{job.id}.mp4"
-    if is_finished(video, folder / job.id / "run.json", fingerprint(job.config)):
+    video, own = folder / f"{job.id}.mp4", folder / job.id
+    if is_finished(video, own / "run.json", fingerprint(job.config)):
         return "skipped", "already done with these settings"
     try:
-        generate(replace(job.config, save_dir=str(folder / job.id)), video)
+        if own.is_dir():
+            remove_leftovers(own)
+        generate(replace(job.config, save_dir=str(own)), video)
     except VdotError as error:
-        return "failed", str(error)
+        return "failed", one_line(error)
+    except Exception as error:  # a bug of ours: it is shown in full, and the other videos are made all the same
+        log.error("  unexpected error", exc_info=True)
+        return "failed", f"unexpected {type(error).__name__}: {one_line(error)}"
     return "done", str(video)
 
 
 def is_finished(video: Path, record: Path, settings: str) -> bool:
-    """The record is written last, so a video with a fitting record is whole."""
+    """Whether the record fits the settings and the video is the very one that it speaks of."""
     try:
-        return video.is_file() and json.loads(record.read_text(encoding="utf-8")).get("settings_hash") == settings
-    except (OSError, ValueError):
+        values = json.loads(record.read_text(encoding="utf-8"))
+        return values["settings_hash"] == settings and values["outputs"][video.name] == file_hash(video)
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 

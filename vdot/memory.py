@@ -1,12 +1,13 @@
 """What a generation will take, counted before anything is allocated.
 
 The real networks run once on the meta device, where tensors have shapes and no storage, under a mode that adds up
-the bytes alive and the floating-point operations. Nothing is estimated by formula but the attention kernel itself.
+the bytes alive and the floating-point operations. Only the fused attention kernel is put in by formula, and long clips
+are counted on the autoencoder's first steps and continued in a straight line.
 """
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import UMT5Config, UMT5EncoderModel
 
 from vdot.conditioning import Condition
+from vdot.errors import InputError
 from vdot.models.attention import Attend
 from vdot.models.presets import DitConfig
 from vdot.models.vace import VaceDiT
@@ -75,6 +77,17 @@ class MemoryPlan:
         """The fastest mode whose peak fits into ``available`` bytes."""
         return next((mode for mode in OFFLOAD_MODES if self.peak(mode) <= available), None)
 
+    def check_fit(self, mode: str, total: int, on_cpu: bool = False) -> None:
+        """``InputError`` when ``total`` bytes of memory can never hold a run in this mode."""
+        need = self.peak("false" if on_cpu else mode)
+        if need <= total:
+            return
+        other = None if on_cpu else self.smallest_fit(total)
+        way_out = "a smaller --size or --frame_num"
+        if other is not None:
+            way_out = f"--offload_model {other}, which takes {self.peak(other) / GIB:.1f}"
+        raise InputError(f"this takes {need / GIB:.1f} GiB of memory and there are {total / GIB:.1f}: use {way_out}")
+
     def describe(self, mode: str, on_cpu: bool = False) -> list[str]:
         lines = [
             f"  {s.name:<14} weights {s.weights / GIB:7.2f} GiB   activations {s.activations / GIB:6.2f} GiB   "
@@ -121,6 +134,12 @@ class LiveBytes(TorchDispatchMode):
     def _forget(self, key: int, size: int) -> None:
         self._seen.discard(key)
         self.alive -= size
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """On a GPU torch has a type for it; on a CPU it is a bare RuntimeError."""
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error) or "out of memory" in str(error)
 
 
 def bytes_of(module: nn.Module) -> int:
@@ -195,34 +214,54 @@ def plan_generation(
                 parameter.data = parameter.data.to(dtype)
     prompts = 2 if schedule.guided else 1
     ids = torch.zeros(prompts, dit_config.text_len, dtype=torch.long, device="meta")
-    video = torch.empty(1, 3, condition.frames, condition.height, condition.width, device="meta")
-    picture = video[:, :, :1]
     channels, frames, rows, columns = condition.latent_shape
     latents = torch.empty(1, channels, frames, rows, columns, device="meta")
     told = torch.empty(1, dit_config.text_len, dit_config.text_dim, device="meta")
     context = torch.empty(1, dit_config.vace_in_dim, frames, rows, columns, device="meta")
-    clips = 0 if condition.source is None else 1 if condition.mask is None else 2
-
-    def encode() -> None:
-        for part in [video] * clips + [picture] * len(condition.references):
-            vae.encode(part)
-
-    def decode() -> None:
-        for _ in vae.decode_stream(latents[:, :, len(condition.references) :]):
-            pass
-
     stages = (
         count_stage("text encoder", text, lambda: text(input_ids=ids)),
-        count_stage("vae encode", vae, encode, whole=True),
+        _count_encode(vae, condition),
         count_stage(
             "transformer",
             dit,
             lambda: dit(latents, torch.zeros(1, device="meta"), told, context, lengths=[dit_config.text_len]),
             repeats=schedule.evaluations,
         ),
-        count_stage("vae decode", vae, decode, whole=True),
+        _count_decode(vae, condition),
     )
     return MemoryPlan(stages)
+
+
+def _count_encode(vae: WanVAE, condition: Condition) -> StageCount:
+    clips = 0 if condition.source is None else 1 if condition.mask is None else 2
+
+    def count(frames: int) -> StageCount:
+        pixels = torch.empty(1, 3, 4 * frames - 3, condition.height, condition.width, device="meta")
+        return count_stage("vae encode", vae, lambda: vae.encode(pixels), whole=True)
+
+    clip, picture = _continued(count, vae, condition) if clips else count(1), count(1)
+    needed = [clip] * bool(clips) + [picture] * bool(condition.references)
+    flops = clips * clip.flops + len(condition.references) * picture.flops
+    return replace(clip, activations=max((part.activations for part in needed), default=0), flops=flops)
+
+
+def _count_decode(vae: WanVAE, condition: Condition) -> StageCount:
+    def count(frames: int) -> StageCount:
+        latents = torch.empty(1, 16, frames, condition.height // 8, condition.width // 8, device="meta")
+        return count_stage("vae decode", vae, lambda: [None for _ in vae.decode_stream(latents)], whole=True)
+
+    return _continued(count, vae, condition)
+
+
+def _continued(count: Callable[[int], StageCount], vae: WanVAE, condition: Condition) -> StageCount:
+    """The autoencoder goes over a clip in equal steps: two short clips are counted, and the line through them drawn."""
+    step = vae._step_frames(1, condition.height, condition.width)
+    near, far, wanted = 1 + 2 * step, 1 + 3 * step, condition.latent_frames
+    if wanted <= far:
+        return count(wanted)
+    a, b, steps = count(near), count(far), (wanted - near) / step
+    flops = a.flops + steps * (b.flops - a.flops)
+    return replace(b, flops=flops, activations=round(a.activations + steps * (b.activations - a.activations)))
 
 
 def _plain(config: Any) -> dict[str, Any]:

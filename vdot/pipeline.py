@@ -330,7 +330,7 @@ def checkpoint_schedule(info: CheckpointInfo) -> FewStepSchedule:
 
 
 def checkpoint_defaults(info: CheckpointInfo) -> Defaults:
-    return Defaults.load(info.path)
+    return Defaults() if info.defaults is None else Defaults.from_dict(info.defaults, f"{info.path}/defaults.json")
 
 
 def explain_out_of_memory(plan: MemoryPlan) -> VdotError:

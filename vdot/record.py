@@ -4,9 +4,13 @@ import hashlib
 import json
 import os
 import platform
+import re
 import secrets
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,36 +23,67 @@ from vdot.errors import OutputError
 from vdot.pipeline import VideoResult
 from vdot.request import reference_list
 from vdot.video import write_image, write_video
-from vdot.video.output import atomic_path
+from vdot.video.output import atomic_path, missing_folders
 
-# Where results go and what a machine adds do not change what is generated.
-NOT_SETTINGS = ("save_dir", "save_file", "jobs", "dry_run")
-EDGE = 2**20  # bytes hashed at each end of a weight file
+# Where results go and what they are made of in memory do not change what is generated.
+NOT_RECORDED = ("save_dir", "save_file", "jobs", "dry_run")
+NOT_SETTINGS = (*NOT_RECORDED, "offload_model", "t5_fsdp", "dit_fsdp", "model_name")
+_OUTPUT_NAMES = r"(out_video|src_video|src_mask)\.mp4|src_ref_image_\d+\.png"
+EDGE = 2**20  # bytes hashed at each end of a weight file; also what a disk must take before work begins
 
 
-def check_writable(folder: Path) -> None:
-    """``OutputError`` now rather than after minutes of sampling."""
-    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise OutputError(f"cannot write results to {folder}: {existing} is not a writable folder; give --save_dir")
-    probe = existing / f".vdot-{secrets.token_hex(8)}"
+@contextmanager
+def writable(folder: Path, fresh: bool = False) -> Iterator[Path]:
+    """Make ``folder`` and try to write into it: ``OutputError`` now rather than after minutes of sampling.
+
+    ``fresh`` takes the first of ``folder``, ``folder_2``, ... that is not there yet, so that runs started together do
+    not share one. What was made and is still empty at the end goes again: a failed run leaves no trace.
+    """
+    made: list[str] = []
     try:
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise OutputError(f"cannot write results to {folder}: {error.strerror}; give --save_dir") from error
+        folder = _make(folder, fresh, made)
+        probe = folder / f".vdot-{secrets.token_hex(8)}"
+        try:
+            probe.write_bytes(bytes(EDGE))
+        finally:
+            probe.unlink(missing_ok=True)
+    except (OSError, ValueError) as error:
+        _remove_empty(made)
+        reason = getattr(error, "strerror", None) or str(error)
+        raise OutputError(f"cannot write results to {folder}: {reason}; give another --save_dir", reason) from error
+    try:
+        yield folder
+    finally:
+        _remove_empty(made)
 
 
-def run_folder(config: GenerateConfig, checkpoint: Path) -> Path:
-    """``save_dir``, or a new ``results/<model>/<time>/``."""
-    if config.save_dir is not None:
-        return Path(config.save_dir)
-    stem = Path("results") / checkpoint.name / time.strftime("%Y-%m-%d_%H-%M-%S")
-    folder, n = stem, 1
-    while folder.exists():
-        n += 1
-        folder = stem.with_name(f"{stem.name}_{n}")
+def _make(folder: Path, fresh: bool, made: list[str]) -> Path:
+    made += missing_folders(str(folder.absolute()))
+    if not fresh:
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    stem, n = folder, 1
+    while True:
+        try:
+            folder.mkdir()
+            break
+        except FileExistsError:
+            n += 1
+            folder = stem.with_name(f"{stem.name}_{n}")
+    made[:] = [str(folder.absolute()), *(name for name in made if name != str(stem.absolute()))]
     return folder
+
+
+def _remove_empty(folders: list[str]) -> None:
+    for folder in folders:
+        with suppress(OSError):
+            os.rmdir(folder)
+
+
+def default_folder(checkpoint: Path) -> Path:
+    """``results/<model>/<time>/``"""
+    return Path("results") / checkpoint.resolve().name / time.strftime("%Y-%m-%d_%H-%M-%S")
 
 
 def fingerprint(files: list[Path]) -> str:
@@ -67,52 +102,114 @@ def fingerprint(files: list[Path]) -> str:
 def settings_hash(config: GenerateConfig, checkpoint: str) -> str:
     """Equal for two runs that must give the same video; input files count by content."""
     values = {k: v for k, v in asdict(config).items() if k not in NOT_SETTINGS}
-    for key in ("src_video", "src_mask", "src_ref_images"):
-        values[key] = [_file_hash(str(path)) for path in reference_list(values[key])]
+    for key, paths in input_files(config).items():
+        values[key] = [_file_hash(path) for path in paths]
     values["ckpt_dir"] = checkpoint
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def input_files(config: GenerateConfig) -> dict[str, list[str]]:
+    """The media of a run by option."""
+    return {
+        "src_video": [config.src_video] if config.src_video else [],
+        "src_mask": [config.src_mask] if config.src_mask else [],
+        "src_ref_images": [str(path) for path in reference_list(config.src_ref_images)],
+    }
+
+
+def file_hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(EDGE):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
 def _file_hash(path: str) -> str:
     try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        return file_hash(Path(path))
     except OSError:
         return f"unreadable {path}"
 
 
+def check_overwrites(config: GenerateConfig, folder: Path, video: Path) -> None:
+    """``OutputError`` when a result would replace one of the files that it is made from."""
+    results = {folder / name for name in ("src_video.mp4", "src_mask.mp4")} | {video}
+    results |= {folder / f"src_ref_image_{i}.png" for i in range(len(input_files(config)["src_ref_images"]))}
+    for path in (path for paths in input_files(config).values() for path in paths):
+        if any(os.path.exists(path) and result.exists() and os.path.samefile(path, result) for result in results):
+            raise OutputError(f"the results would overwrite the input {path}: give another --save_dir or --save_file")
+
+
 def write_run(
-    result: VideoResult, config: GenerateConfig, folder: Path, checkpoint: dict[str, Any], video: Path | None = None
+    result: VideoResult,
+    config: GenerateConfig,
+    folder: Path,
+    checkpoint: dict[str, Any],
+    video: Path | None = None,
+    resolved: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write ``out_video.mp4`` (or ``video``), the inputs as the model got them, and last of all ``run.json``."""
-    outputs = [video or folder / "out_video.mp4"]
-    result.save(outputs[0])
-    prepared, count = result.prepared, result.prepared.frame_num
-    if prepared.source is not None:
-        outputs.append(folder / "src_video.mp4")
-        write_video(outputs[-1], prepared.source[:count], result.fps)
-    if prepared.condition.mask is not None:
-        outputs.append(folder / "src_mask.mp4")
-        grey = (prepared.condition.mask[:count].numpy() * 255).round().astype(np.uint8)
-        write_video(outputs[-1], np.repeat(grey[..., None], 3, axis=-1), result.fps)
-    for i, reference in enumerate(prepared.references):
-        outputs.append(folder / f"src_ref_image_{i}.png")
-        write_image(outputs[-1], reference)
-    record = run_record(result, config, checkpoint, outputs)
-    write_json(folder / "run.json", record)
+    """Write ``out_video.mp4`` (or ``video``), the inputs as the model got them, and ``run.json``: all of them or none.
+
+    ``resolved`` has options that the machine decided, for ``run.json`` to repeat.
+    """
+    files = _contents(result, video or folder / "out_video.mp4", folder)
+    with ExitStack() as stack:
+        # Entered first, so renamed last: where there is a record, there is all that it speaks of.
+        record_file = Path(stack.enter_context(atomic_path(folder / "run.json")))
+        hashes = {}
+        for path, write in files.items():
+            temporary = Path(stack.enter_context(atomic_path(path)))
+            write(temporary)
+            hashes[path.name] = file_hash(temporary)
+        record = run_record(result, config, checkpoint, hashes, resolved or {})
+        record_file.write_text(_json(record), encoding="utf-8")
+        inputs = [Path(name) for names in input_files(config).values() for name in names]
+        _remove_earlier(folder, {path.absolute() for path in [*files, *inputs]})
     return record
 
 
+def _contents(result: VideoResult, video: Path, folder: Path) -> dict[Path, Callable[[Path], None]]:
+    """What goes where, as functions that write it."""
+    prepared, count = result.prepared, result.prepared.frame_num
+    files: dict[Path, Callable[[Path], None]] = {video: result.save}
+    if prepared.source is not None:
+        files[folder / "src_video.mp4"] = partial(write_video, frames=prepared.source[:count], fps=result.fps)
+    if prepared.condition.mask is not None:
+        grey = (prepared.condition.mask[:count].numpy() * 255).round().astype(np.uint8)
+        shown = np.repeat(grey[..., None], 3, axis=-1)
+        files[folder / "src_mask.mp4"] = partial(write_video, frames=shown, fps=result.fps)
+    for i, reference in enumerate(prepared.references):
+        files[folder / f"src_ref_image_{i}.png"] = partial(write_image, array=reference)
+    return files
+
+
+def _remove_earlier(folder: Path, keep: set[Path]) -> None:
+    """The record of an earlier run in ``folder``, and those of its files that this run does not replace."""
+    try:
+        earlier = json.loads((folder / "run.json").read_text(encoding="utf-8"))["outputs"]
+        (folder / "run.json").unlink()
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    for path in (folder / name for name in earlier if re.fullmatch(_OUTPUT_NAMES, name)):
+        if path.absolute() not in keep:
+            path.unlink(missing_ok=True)
+
+
 def run_record(
-    result: VideoResult, config: GenerateConfig, checkpoint: dict[str, Any], outputs: list[Path]
+    result: VideoResult,
+    config: GenerateConfig,
+    checkpoint: dict[str, Any],
+    outputs: dict[str, str],
+    resolved: dict[str, Any],
 ) -> dict[str, Any]:
-    """What ``run.json`` holds; ``--config run.json`` reads its ``config`` back."""
-    values = {k: v for k, v in asdict(config).items() if k not in NOT_SETTINGS}
+    """What ``run.json`` holds; ``--config run.json`` reads its ``config`` back. ``outputs``: SHA-256 by file name."""
+    values = {k: v for k, v in asdict(config).items() if k not in NOT_RECORDED}
     schedule = asdict(result.schedule)
     values |= {f"sample_{name}": value for name, value in schedule.items()}
-    values["base_seed"] = result.seed
-    for key in ("src_video", "src_mask", "src_ref_images"):
-        paths = [str(Path(str(path)).absolute()) for path in reference_list(values[key])]
-        values[key] = ",".join(paths) or None
+    values |= {"base_seed": result.seed, "ckpt_dir": str(Path(checkpoint["path"]).absolute()), **resolved}
+    for key, paths in input_files(config).items():
+        values[key] = ",".join(os.path.abspath(path) for path in paths) or None
     return {
         "config": values,
         "schedule": schedule,
@@ -124,7 +221,7 @@ def run_record(
         "seconds": {name: round(seconds, 3) for name, seconds in result.seconds.items()},
         "checkpoint": checkpoint,
         "settings_hash": settings_hash(config, checkpoint["fingerprint"]),
-        "outputs": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in outputs},
+        "outputs": outputs,
         "environment": {
             "vdot": vdot.__version__,
             "torch": torch.__version__,
@@ -133,7 +230,10 @@ def run_record(
     }
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
+def _json(values: dict[str, Any]) -> str:
     text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-    with atomic_path(path) as temporary:
-        Path(temporary).write_text(text, encoding="utf-8")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a file name that is not UTF-8
+        text = json.dumps(values, indent=2) + "\n"
+    return text

@@ -5,17 +5,22 @@ Files are resampled as the frame plan says; arrays are used as they are. Every f
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+import operator
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vdot.conditioning import Condition, explain_mask
-from vdot.errors import CheckpointError, InputError
+from vdot.config import merge_config
+from vdot.errors import CheckpointError, ConfigError, InputError
 from vdot.video import (
     FramePlan,
     VideoInfo,
@@ -29,9 +34,14 @@ from vdot.video import (
     read_mask,
     to_model,
 )
-from vdot.video.plan import CELL, model_frames
+from vdot.video.plan import CELL, TRAINED_FRAMES, Mode, model_frames
 
 Media = str | Path | np.ndarray
+MODES = get_args(Mode)
+MAX_PIXELS = 2**31  # of a whole clip, 66 times 81 frames at 480p: more is a slip of the keyboard
+MAX_AREA = 4096 * 2304  # of a frame
+MAX_FRAMES = 2**16
+MAX_SEED = 2**63 - 1
 NAMED_SIZES = {"480p": (832, 480), "720p": (1280, 720)}  # width, height
 TRAINED_REFERENCES = 3
 DEFAULTS_FILE = "defaults.json"
@@ -51,15 +61,12 @@ class Defaults:
     )
 
     @classmethod
-    def load(cls, folder: Path | str) -> "Defaults":
-        path = Path(folder, DEFAULTS_FILE)
-        if not path.is_file():
-            return cls()
-        values = json.loads(path.read_text(encoding="utf-8"))
-        unknown = sorted(set(values) - {f.name for f in fields(cls)})
-        if unknown:
-            raise CheckpointError(f"{path} has unknown keys {', '.join(unknown)}: is it from a newer version?")
-        return cls(**values)
+    def from_dict(cls, values: dict[str, Any], where: str = DEFAULTS_FILE) -> "Defaults":
+        """Build from JSON. ``CheckpointError`` names what does not fit."""
+        try:
+            return merge_config(cls(), values, where)
+        except ConfigError as error:
+            raise CheckpointError(f"{error}: is the checkpoint from a newer version?") from error
 
     def save(self, folder: Path | str) -> None:
         Path(folder, DEFAULTS_FILE).write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
@@ -112,12 +119,13 @@ class Prepared:
 
 def parse_size(size: str) -> tuple[int, int]:
     """ "480p", "720p" or "W*H" -> (width, height). ``InputError`` for anything else or not in multiples of 16."""
-    if size in NAMED_SIZES:
-        return NAMED_SIZES[size]
-    parts = size.lower().replace("x", "*").split("*")
-    if len(parts) != 2 or not all(part.strip().isdigit() for part in parts):
+    name = str(size).strip().lower()
+    if name in NAMED_SIZES:
+        return NAMED_SIZES[name]
+    match = re.fullmatch(r"([0-9]{1,9})\s*[*x\u00d7]\s*([0-9]{1,9})", name)
+    if match is None:
         raise InputError(f'size {size!r} is not understood: use "480p", "720p" or "W*H", for example "832*480"')
-    width, height = (int(part) for part in parts)
+    width, height = int(match[1]), int(match[2])
     if width % CELL or height % CELL or not width or not height:
         near = "*".join(str(max(CELL, round(v / CELL) * CELL)) for v in (width, height))
         raise InputError(f'size {size!r} must have both sides in multiples of {CELL}: the nearest is "{near}"')
@@ -130,8 +138,9 @@ def prepare(request: Request, defaults: Defaults) -> Prepared:
     width, height = parse_size(request.size or defaults.size)
     if request.src_video is None:
         frames = request.frame_num or defaults.frame_num
+        _check_volume(frames, height, width)
         notes: list[str] = []
-        if frames > max(defaults.frame_num, 81):
+        if frames > max(defaults.frame_num, TRAINED_FRAMES):
             notes.append(f"{frames} frames are more than this model was trained on: it may drift towards the end")
         shown, references = _references(request.src_ref_images, height, width, notes)
         condition = Condition(model_frames(frames), height, width, references=references)
@@ -142,16 +151,59 @@ def prepare(request: Request, defaults: Defaults) -> Prepared:
 
 
 def _check(request: Request) -> None:
-    if not isinstance(request.prompt, str) or not request.prompt.strip():
-        raise InputError("the prompt is empty: describe the video in a sentence")
-    if request.frame_num is not None and request.frame_num < 1:
-        raise InputError(f"frame_num must be at least 1, got {request.frame_num}")
-    for name in ("context_scale", "feather", "fps"):
+    _check_prompts(request)
+    _check_whole("frame_num", request.frame_num, 1, MAX_FRAMES)
+    _check_whole("seed", request.seed, 0, MAX_SEED)
+    _check_real("context_scale", request.context_scale, 0, math.inf)
+    _check_real("feather", request.feather, 0, math.inf)
+    _check_real("fps", request.fps, 0.01, 1000)
+    if request.frame_mode not in MODES:
+        raise InputError(f"unknown frame_mode {request.frame_mode!r}: use {', '.join(MODES)}")
+    for name in ("src_video", "src_mask"):
         value = getattr(request, name)
-        if value is not None and not (math.isfinite(value) and value >= 0):
-            raise InputError(f"{name} must be a number from 0 up, got {value!r}")
+        if not isinstance(value, str | Path | np.ndarray | None):
+            raise InputError(f"{name} must be a path or a uint8 array, got {type(value).__name__}")
     if request.src_mask is not None and request.src_video is None:
         raise InputError("a mask needs the source video it belongs to: add --src_video, or leave --src_mask out")
+
+
+def _check_prompts(request: Request) -> None:
+    if not isinstance(request.prompt, str) or not request.prompt.strip():
+        raise InputError("the prompt is empty: describe the video in a sentence")
+    if not isinstance(request.negative_prompt, str | None):
+        raise InputError(f"negative_prompt must be text, got {type(request.negative_prompt).__name__}")
+    try:
+        (request.prompt + (request.negative_prompt or "")).encode()
+    except UnicodeEncodeError as error:
+        raise InputError("the prompt is not valid text: it holds bytes that are not UTF-8") from error
+
+
+def _check_whole(name: str, value: Any, low: int, high: int) -> None:
+    if value is None:
+        return
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise InputError(f"{name} must be a whole number, got {value!r}") from None
+    if isinstance(value, bool) or not low <= number <= high:
+        limit = f"at least {low}" if number < low else f"at most {high}"
+        raise InputError(f"{name} must be {limit}, got {value!r}")
+
+
+def _check_real(name: str, value: Any, low: float, high: float) -> None:
+    if value is None:
+        return
+    if not isinstance(value, Real) or not math.isfinite(value) or not low <= float(value) <= high:
+        upper = "up" if math.isinf(high) else f"to {high:g}"
+        raise InputError(f"{name} must be a number from {low:g} {upper}, got {value!r}")
+
+
+def _check_volume(frames: int, height: int, width: int) -> None:
+    if height * width > MAX_AREA:
+        raise InputError(f"frames of {width}x{height} are more than one pass can make: use a smaller size")
+    if frames * height * width > MAX_PIXELS:
+        most = MAX_PIXELS // (height * width)
+        raise InputError(f"{frames} frames of {width}x{height} are more than one pass can make: use at most {most}")
 
 
 def _from_file(request: Request, path: str | Path, max_area: int, defaults: Defaults) -> Prepared:
@@ -166,6 +218,7 @@ def _from_file(request: Request, path: str | Path, max_area: int, defaults: Defa
         budget_frames=defaults.frame_num,
         fps=request.fps,
     )
+    _check_volume(plan.model_frames, plan.height, plan.width)
     notes = list(plan.notes)
     source = read_frames(path, plan.model_ids, (plan.height, plan.width))
     mask = None
@@ -186,15 +239,22 @@ def _from_array(request: Request, frames: np.ndarray, defaults: Defaults) -> Pre
     count, height, width = frames.shape[:3]
     if height % CELL or width % CELL:
         raise InputError(f"a src_video array is used as it is: H and W must be multiples of {CELL}: {height}x{width}")
-    notes = []
-    if request.frame_num is not None and request.frame_num != count:
-        notes.append(f"frame_num {request.frame_num} is not used: the source array has {count} frames")
+    _check_volume(request.frame_num or count, height, width)
+    notes: list[str] = []
+    if request.size is not None and parse_size(request.size) != (width, height):
+        notes.append(f"size {request.size} is not used: the source array is {width}x{height}")
     mask = None
     if isinstance(request.src_mask, str | Path):
         mask = _mask_file(request.src_mask, count, height, width)
     elif request.src_mask is not None:
         mask = _mask_array(request.src_mask, count, height, width, notes)
-    return _finish(request, frames, mask, count, request.fps or defaults.fps, notes, None)
+    asked = request.frame_num or count
+    if asked < count:
+        notes.append(f"the first {asked} of the source array's {count} frames are used")
+    elif asked > count:
+        notes.append(f"the source array has {count} frames, {asked} were asked for: the last one is held")
+    mask = None if mask is None else mask[:asked]
+    return _finish(request, frames[:asked], mask, asked, request.fps or defaults.fps, notes, None)
 
 
 def _finish(
@@ -242,15 +302,29 @@ def _mask_array(mask: Any, count: int, height: int, width: int, notes: list[str]
     return torch.from_numpy(values)
 
 
-def reference_list(images: Sequence[Media] | Media | None) -> list[Media]:
-    """One path or array, a comma-separated string of paths, or a list of them -> a list."""
+def reference_list(images: Sequence[Media] | Media | None, folder: Path | str = "") -> list[Media]:
+    """One path or array, a comma-separated string of paths, or a list of them -> a list.
+
+    A comma inside a file name is understood where that file exists, from here or beside ``folder``.
+    """
     if images is None:
         return []
     if isinstance(images, str):
-        return [part.strip() for part in images.split(",") if part.strip()]
+        return list(_split_paths(images, folder))
     if isinstance(images, Path | np.ndarray):
         return [images]
     return list(images)
+
+
+def _split_paths(text: str, folder: Path | str) -> Iterator[str]:
+    parts = text.split(",")
+    while parts:
+        runs = (",".join(parts[:n]).strip() for n in range(len(parts), 1, -1))
+        whole = next((run for run in runs if any(os.path.isfile(p) for p in (run, os.path.join(folder, run)))), None)
+        name = parts[0].strip() if whole is None else whole
+        del parts[: 1 if whole is None else whole.count(",") + 1]
+        if name:
+            yield name
 
 
 def _references(
@@ -259,8 +333,10 @@ def _references(
     """The pictures as shown and as the model gets them, letterboxed on white."""
     shown, tensors = [], []
     for image in reference_list(images):
+        if not isinstance(image, str | Path | np.ndarray):
+            raise InputError(f"a reference must be a path or a uint8 array, got {type(image).__name__}")
         pixels = image if isinstance(image, np.ndarray) else read_image(image)
-        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] != 3:
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] != 3 or 0 in pixels.shape:
             raise InputError(f"a reference must be uint8 [H, W, 3], got {pixels.dtype} {list(pixels.shape)}")
         canvas = letterbox(pixels, height, width)
         tensors.append(canvas)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import psutil
 import torch
 
 from vdot.errors import ConfigError
@@ -16,9 +17,16 @@ log = logging.getLogger("vdot")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+class _Output(logging.StreamHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Whoever read the messages has gone (``| head``): the video is made all the same."""
+        if not isinstance(sys.exc_info()[1], BrokenPipeError):
+            super().handleError(record)
+
+
 def setup_logging(level: int = logging.INFO) -> None:
     """Messages of this package to stdout, bare: they are the program's output."""
-    handler = logging.StreamHandler(sys.stdout)
+    handler = _Output(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.handlers[:] = [handler]
     log.setLevel(level)
@@ -34,9 +42,18 @@ def pick_device(name: str | None = None) -> torch.device:
     except RuntimeError as error:
         raise ConfigError(f"unknown device {name!r}: use cuda, cuda:N, mps or cpu") from error
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if there.get(device.type, False) and device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device {name!r} is not there: this machine has {torch.cuda.device_count()} CUDA device(s)")
     if not there.get(device.type, False):
         raise ConfigError(f"device {name!r} is not available on this machine: leave --device out to choose one")
     return device
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes that the device has, whoever uses them now; host memory counts its swap."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().total + psutil.swap_memory().total
 
 
 def pick_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dtype:
@@ -52,7 +69,8 @@ def pick_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dt
 
 def world_size() -> int:
     """Processes that torchrun started, 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    value = os.environ.get("WORLD_SIZE", "1")
+    return int(value) if value.isdecimal() else 1
 
 
 class Stages:

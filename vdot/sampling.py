@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,10 @@ SOLVERS = ("unipc", "dpm++", "euler", "renoise")
 SCHEDULE_FILE = "schedule.json"
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (latents [1, 16, F, H, W], t [1]) -> velocity of that shape
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -37,9 +42,9 @@ class FewStepSchedule:
     def __post_init__(self) -> None:
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or not 1 <= self.steps <= NUM_TIMESTEPS:
             raise ConfigError(f"steps must be a whole number from 1 to {NUM_TIMESTEPS}, got {self.steps!r}")
-        if not (math.isfinite(self.shift) and self.shift > 0):
+        if not (_finite(self.shift) and self.shift > 0):
             raise ConfigError(f"shift must be a positive number, got {self.shift!r}")
-        if not math.isfinite(self.guide_scale):
+        if not _finite(self.guide_scale):
             raise ConfigError(f"guide_scale must be a finite number, got {self.guide_scale!r}")
         if self.solver not in SOLVERS:
             raise ConfigError(f"unknown solver {self.solver!r}: choose one of {', '.join(SOLVERS)}")

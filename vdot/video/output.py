@@ -2,14 +2,17 @@
 
 import logging
 import os
+import platform
+import re
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from typing import Any
 
 import av
 import numpy as np
+import psutil
 from av.error import FFmpegError
 
 from vdot.errors import InputError, OutputError
@@ -26,24 +29,55 @@ _AAC_RATES = (96000, 88200, 64000, 48000, 44100, 32000, 24000, 22050, 16000, 120
 def atomic_path(path: str | os.PathLike) -> Iterator[str]:
     """A temporary name beside ``path`` that replaces it on success and vanishes on any failure, Ctrl-C included.
 
+    Missing folders are made, and unmade again on failure.
+
     Raises:
         OutputError: the folder or the disk refuses.
     """
     name = os.path.abspath(os.fspath(path))
     folder = os.path.dirname(name)
-    temporary = os.path.join(folder, f".vdot-{uuid.uuid4().hex}.tmp")
+    temporary = os.path.join(folder, f".vdot-{_host()}-{os.getpid()}-{uuid.uuid4().hex}.tmp")
+    made = missing_folders(folder)
     try:
         os.makedirs(folder, exist_ok=True)
         if os.path.isdir(name):
             raise IsADirectoryError(f"{name} is a folder")
         yield temporary
         os.replace(temporary, name)
+        made = []
+    except OutputError as error:  # of a file written inside this one: the user knows it by the outer name
+        raise OutputError(f"{name} could not be written: {error.reason or error}.", error.reason) from error
     except (OSError, FFmpegError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise OutputError(f"{name} could not be written: {reason}.") from error
+        raise OutputError(f"{name} could not be written: {reason}.", reason) from error
     finally:
-        if os.path.lexists(temporary):
+        with suppress(OSError):
             os.unlink(temporary)
+        for missing in made:
+            with suppress(OSError):  # not empty: somebody else's
+                os.rmdir(missing)
+
+
+def missing_folders(folder: str) -> list[str]:
+    """The folders that ``makedirs`` would make, innermost first."""
+    missing = []
+    while not os.path.lexists(folder) and os.path.dirname(folder) != folder:
+        missing.append(folder)
+        folder = os.path.dirname(folder)
+    return missing
+
+
+def _host() -> str:
+    return "".join(c for c in platform.node() if c.isalnum())[:16] or "host"
+
+
+def remove_leftovers(folder: str | os.PathLike[str]) -> None:
+    """Delete temporary files in ``folder`` of processes of this machine that were killed while they wrote."""
+    for entry in os.scandir(os.fspath(folder)):
+        match = re.fullmatch(rf"\.vdot-{_host()}-(\d+)-[0-9a-f]{{32}}\.tmp", entry.name)
+        if match and not psutil.pid_exists(int(match[1])):
+            with suppress(OSError):
+                os.unlink(entry.path)
 
 
 def write_image(path: str | os.PathLike, array: np.ndarray) -> None:
