@@ -156,8 +156,7 @@ class VaceDiT(nn.Module):
         """
         self._check(x, vace_context)
         grid = (x.shape[2], x.shape[3] // 2, x.shape[4] // 2)
-        cos, sin = rope_table(self.config.head_dim, grid, x.device)
-        rope: Rope = (self.scatter(cos), self.scatter(sin))
+        rope: Rope = self.scatter(rope_table(self.config.head_dim, grid, x.device))
         prompt = self.embed_text(text, lengths)
         e, mod = self.embed_time(t)
         tokens = self.scatter(self.patch_embedding(x)).float()
