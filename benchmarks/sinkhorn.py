@@ -108,7 +108,7 @@ def pot_batched(x: Tensor, y: Tensor, tol: float) -> Result:
 
 
 def geomloss(x: Tensor, y: Tensor, scaling: float, backend: str = "tensorized") -> Result:
-    """SamplesLoss halves squared distances: blur^2 = eps / 2. The error is that of its potentials, outside the clock."""
+    """SamplesLoss halves squared distances: blur^2 = eps / 2. The error is its potentials', outside the clock."""
     from geomloss import SamplesLoss
 
     options = {"p": 2, "blur": (EPS / 2) ** 0.5, "scaling": scaling, "debias": False, "backend": backend}
@@ -225,20 +225,17 @@ def compare(names: list[str], kind: str, args: argparse.Namespace, frames: Calla
 # --- which acceleration
 
 
-def anderson(x: Tensor, y: Tensor, depth: int, tols: list[float], budget: int) -> list[int | None]:
-    """Iterations to each error with Anderson(depth) mixing of g: tried, and slower than over-relaxation."""
+def anderson(x: Tensor, y: Tensor, depth: int, budget: int) -> list[float]:
+    """Row error at each iteration with Anderson(depth) mixing of g: tried, and slower than over-relaxation."""
     x, y, centre = working_clouds(x, y)
     problem = build(x, y, centre, x.new_full((1,), EPS), 2, (None, None), None)
     engine = choose_engine(problem, "cached", None)[0](problem)
-    state, one, found, steps = start(problem), torch.ones(1), {}, []
-    g, f, old_f = state.g, None, state.g
+    g, f, one, errors, steps = start(problem).g, None, torch.ones(1), [], []
     for k in range(budget):
+        old = f
         f, new, row_lse, _ = engine.sweep(f, g, one)
-        error = (old_f + row_lse).exp2().sub(problem.log_a.exp2()).abs().sum().item() if k else 1.0
-        old_f = f
-        found.update({t: k for t in tols if error <= t and t not in found})
-        if len(found) == len(tols):
-            break
+        if old is not None:
+            errors.append(((old + row_lse).exp2() - problem.log_a.exp2()).abs().sum().item())
         steps = [*steps, (new[0].double(), (new - g)[0].double())][-(depth + 1) :]
         g = new
         if k > 3:
@@ -247,7 +244,11 @@ def anderson(x: Tensor, y: Tensor, depth: int, tols: list[float], budget: int) -
             gram = dr @ dr.T
             gram += 1e-8 * gram.trace() / len(gram) * torch.eye(len(gram), dtype=gram.dtype)
             g = (values[-1] - torch.linalg.solve(gram, dr @ residuals[-1]) @ dv)[None].to(x)
-    return [found.get(t) for t in tols]
+    return errors
+
+
+def first_below(errors: list[float], tol: float) -> str:
+    return next((str(k + 1) for k, e in enumerate(errors) if e <= tol), "-")
 
 
 def variants() -> None:
@@ -281,7 +282,8 @@ def variants() -> None:
             cells.append(" / ".join(str(int(r.iterations) + extra) if r.converged else "-" for r in runs))
         print(f"| {name} | " + " | ".join(cells) + " |")
     for depth in (3, 5, 8):
-        cells = [" / ".join(str(k or "-") for k in anderson(a, b, depth, tols, budget)) for a, b in cases.values()]
+        runs = [anderson(a, b, depth, budget) for a, b in cases.values()]
+        cells = [" / ".join(first_below(errors, t) for t in tols) for errors in runs]
         print(f"| Anderson({depth}) | " + " | ".join(cells) + " |")
 
 
