@@ -32,12 +32,10 @@ def clock(device: str = "cpu") -> float:
 def interleave(
     calls: Mapping[str, Callable[[], Any]], seconds: float, device: str = "cpu", rounds: tuple[int, int] = (3, 60)
 ) -> dict[str, list[float]]:
-    """Time ``calls`` in turn, forwards and backwards alternately, so that drift of the machine hits all alike.
+    """Time ``calls``, warmed up, in turn, forwards and backwards alternately, so that drift hits all alike.
 
-    One untimed round first; then rounds until ``seconds`` have passed, at least and at most ``rounds`` of them.
+    Rounds until ``seconds`` have passed, at least and at most ``rounds`` of them.
     """
-    for call in calls.values():
-        call()
     taken: dict[str, list[float]] = {name: [] for name in calls}
     order, start = list(calls), time.perf_counter()
     for i in range(rounds[1]):
@@ -63,6 +61,7 @@ def matmul_peak(dtype: torch.dtype, device: str = "cpu", size: int | None = None
     """FLOP/s of the best of a few square matrix products: what this machine reaches now, not its data sheet."""
     n = size or (8192 if device.startswith("cuda") else 2048)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    _ = a @ b
     taken = interleave({"matmul": lambda: a @ b}, 0.5, device, rounds=(5, 20))
     return 2 * n**3 / min(taken["matmul"])
 

@@ -245,7 +245,7 @@ def measure(networks: Networks, request: Request, dtype_name: str, seconds: floa
         ours()
     with staged(their_pipe, STAGES["diffusers"]) as their_stages:
         theirs()
-    taken = interleave({"ours": ours, "diffusers": theirs, "again": lambda: ours(again=True)}, seconds)
+    taken = interleave({"ours": ours, "diffusers": theirs, "again": lambda: ours(again=True)}, seconds, rounds=(2, 20))
     median = medians(taken)
     stages = [f"{s} {milliseconds(our_stages[s])} / {milliseconds(their_stages[s])}" for s in our_stages]
     return [
