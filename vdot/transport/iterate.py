@@ -10,7 +10,7 @@ times fewer iterations on latents, more at small eps. The best ``w`` follows fro
 running with some w (Young 1954): ``mu^2 = (r + w - 1)^2 / (w^2 r)`` and ``w* = 2 / (1 + sqrt(1 - mu^2))``.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,13 +24,8 @@ CEILING = 1.85  # 1.9 and more was slower or diverged on smooth latents (benchma
 GROWTH = 6.0  # an error that grew by this over a window halves the relaxation
 
 
-@dataclass
-class History:
-    """What the iterations passed through: ``potentials[k] = (f_k, g_k, row L_k, column L_k)``, kept if ``keep``."""
-
-    keep: bool = False
-    potentials: list[tuple[Tensor, Tensor, Tensor, Tensor]] = field(default_factory=list)
-    errors: list[Tensor] = field(default_factory=list)
+# What the iterations passed through, for the unrolled gradient: (f_k, g_{k-1}, row L_k, column L_k) of each.
+Trace = list[tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
 @dataclass
@@ -62,7 +57,7 @@ def marginal_gap(problem: Problem, potential: Tensor, mass: Tensor) -> Tensor:
 
 
 def iterate(
-    engine: Streamed, state: State, max_iters: int, target: float, relaxation: float, history: History | None = None
+    engine: Streamed, state: State, max_iters: int, target: float, relaxation: float, trace: Trace | None = None
 ) -> State:
     """Run until every problem's row error is at most ``target`` (0: never) or ``max_iters`` in all have been spent.
 
@@ -80,19 +75,17 @@ def iterate(
         f, new, row_lse, col_lse = engine.sweep(f, g, w)
         k += 1
         done = False
-        if old is not None and (target > 0 or relaxation != 1 or history is not None):
+        if old is not None and (target > 0 or relaxation != 1):
             errors.append(marginal_gap(problem, old, (old + row_lse).clamp(max=MAX_EXPONENT).exp2()))
             # Overshoot is most of a relaxed error; the plain last update leaves about (2 - w) of it, as in linear SOR.
             done = target > 0 and k % every == 0 and bool((errors[-1] * (2 - w) <= target).all())
-        if history is not None and history.keep:
-            history.potentials.append((f, g, row_lse, col_lse))
+        if trace is not None:
+            trace.append((f, g, row_lse, col_lse))
         g = swapped.relaxed(None, col_lse) if done or k == max_iters else new
         if done:
             break
         if relaxation != 1 and k > PLAIN and len(errors) > WINDOW and k % WINDOW == 0:
             omega = adapt(omega, errors[-1], errors[-WINDOW])
-    if history is not None:
-        history.errors.extend(errors)
     return State(f, g, col_lse, k)
 
 

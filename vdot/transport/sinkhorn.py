@@ -22,7 +22,7 @@ from vdot.errors import ConfigError, InputError
 from vdot.transport.clouds import clouds_to_latents, latents_to_clouds
 from vdot.transport.config import OTConfig
 from vdot.transport.engines import Cached, Streamed
-from vdot.transport.iterate import History, iterate, iterate_symmetric, start
+from vdot.transport.iterate import Trace, iterate, iterate_symmetric, start
 from vdot.transport.problem import LN2, PROBLEM_TENSORS, Problem, build, mean_cost, working_clouds
 from vdot.transport.result import Transport, join, measure, to_gradient
 from vdot.transport.unrolled import unrolled_moments
@@ -69,8 +69,10 @@ def sinkhorn(
         InputError: shapes, weights or numbers that cannot be used. ConfigError: an unknown mode or engine.
         MissingDependencyError: ``engine="triton"`` without Triton.
     """
-    options = _Options(p, max_iters, tol, reach, relaxation, eps_scaling, engine, memory_mb)
-    return _solve(x, y, eps, eps_mode, weights, warm_start, options)[0]
+    options = _Options(
+        eps, eps_mode, p, max_iters, tol, weights, reach, warm_start, relaxation, eps_scaling, engine, memory_mb
+    )
+    return _solve(x, y, options)[0]
 
 
 def ot_gradient(
@@ -99,6 +101,7 @@ def ot_gradient(
     return _gradient(x, y, gradient, debias, eps=eps, max_iters=max_iters, tol=tol, **options)[0]
 
 
+@torch.no_grad()
 def _gradient(x: Tensor, y: Tensor, kind: str, debias: bool, **options: object) -> tuple[Tensor, Transport]:
     if kind == "closed":
         transport = sinkhorn(x, y, **options)  # type: ignore[arg-type]
@@ -110,33 +113,12 @@ def _gradient(x: Tensor, y: Tensor, kind: str, debias: bool, **options: object) 
         raise ConfigError(f"gradient must be 'closed' or 'unrolled', got {kind!r}")
     if debias:
         raise ConfigError("debias has no unrolled gradient: the release subtracts constants; use gradient='closed'")
-    return _unrolled(x, y, **options)  # type: ignore[arg-type]
-
-
-@torch.no_grad()
-def _unrolled(
-    x: Tensor,
-    y: Tensor,
-    *,
-    eps: float | Tensor,
-    eps_mode: str = "absolute",
-    p: int = 2,
-    max_iters: int = 60,
-    tol: float = 0.0,
-    weights: Weights | None = None,
-    reach: float | None = None,
-    warm_start: "Transport | tuple[Tensor, Tensor] | None" = None,
-    relaxation: float | None = None,
-    eps_scaling: float | None = None,
-    engine: str = "auto",
-    memory_mb: int | None = None,
-) -> tuple[Tensor, Transport]:
-    if relaxation not in (None, 1, 1.0):
+    if options.get("relaxation") not in (None, 1):
         raise ConfigError("the unrolled gradient differentiates plain iterations: leave relaxation out, or set it to 1")
-    options = _Options(p, max_iters, tol, reach, 1.0, eps_scaling, engine, memory_mb)
-    transport, grad = _solve(x, y, eps, eps_mode, weights, warm_start, options, unrolled=True)
-    assert grad is not None
-    return grad, transport
+    plain = _Options(**{**options, "relaxation": 1.0})  # type: ignore[arg-type]
+    transport, unrolled = _solve(x, y, plain, unrolled=True)
+    assert unrolled is not None
+    return unrolled, transport
 
 
 def sinkhorn_divergence(x: Tensor, y: Tensor, *, weights: Weights | None = None, **options: object) -> Tensor:
@@ -193,14 +175,20 @@ def transport_latents(fake: Tensor, real: Tensor, config: OTConfig) -> tuple[Ten
 
 @dataclass(frozen=True)
 class _Options:
-    p: int
-    max_iters: int
-    tol: float
-    reach: float | None
-    relaxation: float | None
-    eps_scaling: float | None
-    engine: str
-    memory_mb: int | None
+    """The keyword arguments of :func:`sinkhorn`, checked."""
+
+    eps: float | Tensor = 0.1
+    eps_mode: str = "absolute"
+    p: int = 2
+    max_iters: int = 500
+    tol: float = 1e-3
+    weights: Weights | None = None
+    reach: float | None = None
+    warm_start: "Transport | tuple[Tensor, Tensor] | None" = None
+    relaxation: float | None = None
+    eps_scaling: float | None = None
+    engine: str = "auto"
+    memory_mb: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_iters < 1 or not self.tol >= 0:
@@ -209,6 +197,8 @@ class _Options:
             raise InputError(f"relaxation must lie in [1, 2), got {self.relaxation}")
         if self.eps_scaling is not None and not 0 < self.eps_scaling < 1:
             raise InputError(f"eps_scaling must lie in (0, 1), got {self.eps_scaling}")
+        if self.eps_mode not in ("absolute", "relative"):
+            raise ConfigError(f"eps_mode must be 'absolute' or 'relative', got {self.eps_mode!r}")
         if self.engine not in ENGINES:
             raise ConfigError(f"engine must be one of {', '.join(ENGINES)}, got {self.engine!r}")
 
@@ -217,36 +207,18 @@ class _Options:
         return self.relaxation or (RELAXATION if self.tol > 0 else 1.0)
 
 
-def _solve(
-    x: Tensor,
-    y: Tensor,
-    eps: float | Tensor,
-    eps_mode: str,
-    weights: Weights | None,
-    warm_start: "Transport | tuple[Tensor, Tensor] | None",
-    options: _Options,
-    unrolled: bool = False,
-) -> tuple[Transport, Tensor | None]:
+def _solve(x: Tensor, y: Tensor, options: _Options, unrolled: bool = False) -> tuple[Transport, Tensor | None]:
     """Cut the batch into groups whose kernels fit the memory budget, solve each, join."""
+    a, b = options.weights or (None, None)
+    itself = x is y and a is b and options.tol > 0 and not unrolled
     with _full_precision(x.device.type):
-        itself = x is y and (weights is None or weights[0] is weights[1]) and options.tol > 0
-        x, y, centre = working_clouds(x, y)
-        strength = torch.as_tensor(eps, dtype=x.dtype, device=x.device).expand(x.shape[0])
-        if eps_mode == "relative":
-            strength = strength * mean_cost(x, y, options.p).clamp_min(1e-6)
-        elif eps_mode != "absolute":
-            raise ConfigError(f"eps_mode must be 'absolute' or 'relative', got {eps_mode!r}")
-        dtype, marginals = x.dtype, weights or (None, None)
-        problem = build(x, y, centre, strength, options.p, marginals, options.reach)
-        if problem.too_wide_for_float32():  # a tiny eps or far outliers: rare, and worth the slower arithmetic
-            x, y, centre, strength = x.double(), y.double(), centre.double(), strength.double()
-            problem = build(x, y, centre, strength, options.p, marginals, options.reach)
-        psi = _psi(warm_start, problem)
+        problem, dtype = _pose(x, y, options)
+        psi = _psi(options.warm_start, problem)
         engine, size = choose_engine(problem, options.engine, options.memory_mb)
         solved = []
-        for i in range(0, x.shape[0], size):
+        for i in range(0, problem.shape[0], size):
             part = slice(i, i + size)
-            group = _slice(problem, part)
+            group = replace(problem, **{k: getattr(problem, k)[part] for k in PROBLEM_TENSORS})
             start_psi = None if psi is None else psi[part]
             if options.eps_scaling is not None:
                 start_psi = _scaled_start(group, start_psi, options.eps_scaling, engine)
@@ -255,22 +227,35 @@ def _solve(
     return join(transports, problem, dtype), torch.cat(grads).to(dtype) if unrolled else None
 
 
+def _pose(x: Tensor, y: Tensor, options: _Options) -> tuple[Problem, torch.dtype]:
+    """The problem in working precision, and the precision of its results."""
+    x, y, centre = working_clouds(x, y)
+    eps = torch.as_tensor(options.eps, dtype=x.dtype, device=x.device).expand(x.shape[0])
+    if options.eps_mode == "relative":
+        eps = eps * mean_cost(x, y, options.p).clamp_min(1e-6)
+    rest = (options.p, options.weights or (None, None), options.reach)
+    problem = build(x, y, centre, eps, *rest)
+    if problem.too_wide_for_float32():  # a tiny eps or far outliers: rare, and worth the slower arithmetic
+        return build(x.double(), y.double(), centre.double(), eps.double(), *rest), x.dtype
+    return problem, x.dtype
+
+
 def _solve_group(
     engine: Streamed, psi: Tensor | None, options: _Options, unrolled: bool, itself: bool
 ) -> tuple[Transport, Tensor | None]:
     """Iterate, measure, and iterate on while the measured error exceeds ``tol`` and the budget lasts."""
-    history = History(keep=unrolled) if unrolled else None
+    trace: Trace | None = [] if unrolled else None
     state, target = start(engine.problem, psi), options.tol
     while True:
-        if itself and not unrolled:
+        if itself:
             state = iterate_symmetric(engine, state, options.max_iters, target)
         else:
-            state = iterate(engine, state, options.max_iters, target, options.omega, history)
+            state = iterate(engine, state, options.max_iters, target, options.omega, trace)
         transport = measure(engine, state, options.tol)
         if state.iterations >= options.max_iters or bool(transport.converged.all()):
             break
         target /= 2  # the estimate while relaxing was a little too kind
-    grad = to_gradient(engine.problem, unrolled_moments(engine, history)) if history is not None else None
+    grad = to_gradient(engine.problem, unrolled_moments(engine, trace)) if trace is not None else None
     return transport, grad
 
 
@@ -329,7 +314,3 @@ def _full_precision(device_type: str) -> Iterator[None]:
     """Autocast would round the logits, hence the potentials, to bf16: their gradient is then noise."""
     with torch.autocast(device_type, enabled=False):
         yield
-
-
-def _slice(problem: Problem, part: slice) -> Problem:
-    return replace(problem, **{k: getattr(problem, k)[part] for k in PROBLEM_TENSORS})

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from vdot.transport.engines import NEAR, Streamed
-from vdot.transport.iterate import History
+from vdot.transport.iterate import Trace
 from vdot.transport.problem import LN2
 
 MAX_RANK = 128  # products are summed at latest here: bounds A and B for any number of iterations
@@ -53,17 +53,17 @@ class _Terms:
         return self.moments
 
 
-def unrolled_moments(engine: Streamed, history: History) -> Tensor:
+def unrolled_moments(engine: Streamed, trace: Trace) -> Tensor:
     """``sum_j W_ij [1, q'_j, t_j] -> [B,N,2+D]`` with W = dV/dC (p = 2) or dV/dC over distance (p = 1)."""
     problem = engine.problem
     damp = problem.damp[:, None]
-    f, g = history.potentials[-1][0], problem.log_b - damp * history.potentials[-1][3] - (1 - damp) * problem.q_t
+    f, g = trace[-1][0], problem.log_b - damp * trace[-1][3] - (1 - damp) * problem.q_t
     # In units of eps: costs c ln2 = C / eps, so dV/dC = P (1 - c ln2) + sum of terms.
     f_bar = LN2 * engine.weigh(f, g, power=1)[..., 0]
     g_bar = LN2 * engine.weigh(f, g, power=1, swap=True)[..., 0]
     terms = _Terms(engine, f, g, (1.0, -LN2))
     a_inv, b_inv = (-problem.log_a).exp2(), (-problem.log_b).exp2()
-    for f_k, g_before, row_lse, col_lse in reversed(history.potentials):
+    for f_k, g_before, row_lse, col_lse in reversed(trace):
         g_k, f_now = problem.log_b - col_lse, problem.log_a - row_lse  # without damping: softmaxes up to the weights
         v = damp * g_bar * b_inv
         terms.add(f_k, g_k, torch.ones_like(f_k), v)
