@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
 from safetensors.torch import save_file
 
@@ -72,6 +73,25 @@ def test_single_files_and_part_folders(layouts: dict[str, Path], tiny: Tiny) -> 
     for path in (layouts["wan"] / "models_t5_umt5-xxl-enc-bf16.pth", layouts["diffusers"] / "text_encoder"):
         assert load_text_encoder(path, text_len=9).text_len == 9
         assert list(inspect_checkpoint(path).parts) == ["text_encoder"]
+
+
+@pytest.mark.parametrize("config", [None, {"tokenizer_class": "T5Tokenizer", "pad_token": "<pad>", "extra_ids": 0}])
+def test_sentencepiece_tokenizer(tmp_path: Path, layouts: dict[str, Path], config: dict | None) -> None:
+    """As google/umt5-xxl is published, with and without its small JSON files: the pieces of sentencepiece itself."""
+    folder = Path(shutil.copytree(layouts["wan"], tmp_path / "x"))
+    place = folder / "google" / "umt5-xxl"
+    shutil.rmtree(place)
+    place.mkdir()
+    text = ["a red fox runs over the hill", "the blue boat sails at night", "soft light falls by day"] * 9
+    ids = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text), model_prefix=str(place / "spiece"), vocab_size=32, minloglevel=3, **ids
+    )
+    if config is not None:
+        write_json(place / "tokenizer_config.json", config)
+    tokens = load_text_encoder(folder).tokenize(["the red fox"])
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(place / "spiece.model")).encode("the red fox")
+    assert tokens.ids.tolist() == [[*pieces, 1]] and 2 not in pieces
 
 
 def test_notes_travel(tmp_path: Path, tiny: Tiny) -> None:

@@ -281,15 +281,21 @@ def _describe(weights: Weights, module: nn.Module) -> str:
 
 
 def _load_tokenizer(layout: Layout) -> Any:
-    from transformers import AutoTokenizer
+    """From a folder with ``tokenizer_config.json``, or from UMT5's bare ``spiece.model`` or ``tokenizer.json``."""
+    from transformers import AutoTokenizer, T5Tokenizer
 
-    if layout.tokenizer is None:
+    folder = layout.tokenizer
+    if folder is None:
         raise CheckpointError(
             f"{layout.path} has no tokenizer (looked for google/umt5-xxl/, umt5-xxl/ and tokenizer/ with "
             "tokenizer.json or spiece.model)."
         )
+    kind: Any = AutoTokenizer if (folder / "tokenizer_config.json").is_file() else T5Tokenizer
     try:
-        return AutoTokenizer.from_pretrained(str(layout.tokenizer), local_files_only=True)
+        tokenizer = kind.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # the library raises many types on damaged files
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-        raise CheckpointError(f"{layout.tokenizer} is not a usable tokenizer folder: {reason}.") from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120].rstrip(". :")
+        raise CheckpointError(f"{folder} is not a usable tokenizer folder: {reason}.") from error
+    if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
+        raise CheckpointError(f"{folder} is not the tokenizer of UMT5: it has no padding or no end token.")
+    return tokenizer
