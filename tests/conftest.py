@@ -70,3 +70,35 @@ def recipe_tensor(seed: int, key: str, shape: tuple[int, ...]) -> torch.Tensor:
     else:
         a = a / np.sqrt(np.float32(np.prod(shape[1:])))
     return torch.from_numpy(a).to(torch.bfloat16).float()
+
+
+# --- the shipped tiny checkpoint, and small media -------------------------------------------------------------------
+
+TINY = ROOT / "models" / "vdot-tiny"
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """The shipped tiny pipeline, loaded once. Its caches are shared: tests that count calls empty them first."""
+    from vdot import VdotPipeline
+
+    return VdotPipeline.from_pretrained(TINY, device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory) -> Path:
+    """clip.mp4 (9 frames, 64x32, 8 fps), mask.mp4 (right half white), sound.mp4 (with a tone), toy.png."""
+    from PIL import Image
+
+    from vdot.video import write_video
+
+    folder = tmp_path_factory.mktemp("inputs")
+    y, x = np.mgrid[:32, :64]
+    frames = np.stack([np.stack([4 * x, 8 * y, 0 * x + 25 * i], -1) for i in range(9)]).astype(np.uint8)
+    write_video(folder / "clip.mp4", frames, 8)
+    mask = np.zeros_like(frames)
+    mask[:, :, 32:] = 255
+    write_video(folder / "mask.mp4", mask, 8)
+    Image.fromarray(mask[0]).save(folder / "mask.png")
+    Image.fromarray(frames[4]).save(folder / "toy.png")
+    return folder

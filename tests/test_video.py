@@ -679,7 +679,6 @@ def test_mask_video_follows_the_frames_and_the_crop_of_the_source(media: Path, p
     assert read_mask(media / "one.mp4", range(7), 32, 64).shape == (7, 32, 64)
 
 
-
 def test_letterbox_of_extreme_shapes_keeps_a_pixel() -> None:
     canvas = letterbox(np.zeros((1, 500, 3), np.uint8), 64, 64)
     assert canvas.shape == (3, 1, 64, 64) and float((canvas < 0).sum()) == 3 * 64
