@@ -119,23 +119,24 @@ class TritonEngine(Streamed):
 
     def __init__(self, problem: Problem, tile_bytes: int, precision: str | None = None) -> None:
         if problem.s.dtype != torch.float32:
-            raise InputError("the Triton engine accumulates in float32: pass float32 clouds, or engine='streamed'")
+            raise InputError(
+                "the Triton engine works in float32: pass float32 clouds that do not need more (wide, or a tiny eps), "
+                "or engine='streamed'"
+            )
         super().__init__(problem, tile_bytes)
+        self.targets = update_target(self.problem), update_target(self.swapped)
         self.precision = precision or pick_precision(problem)
 
     def rows(self, g: Tensor) -> Tensor:
-        return self._step(self.problem, None, g, None)[1]
+        return half_step(self.problem, self.targets[0], None, g, None, self.precision)[1]
 
     def cols(self, f: Tensor) -> Tensor:
-        return self._step(self.swapped, None, f, None)[1]
+        return half_step(self.swapped, self.targets[1], None, f, None, self.precision)[1]
 
     def sweep(self, f: Tensor | None, g: Tensor, omega: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        new_f, row_lse = self._step(self.problem, f, g, omega)
-        new_g, col_lse = self._step(self.swapped, g, new_f, omega)
+        new_f, row_lse = half_step(self.problem, self.targets[0], f, g, omega, self.precision)
+        new_g, col_lse = half_step(self.swapped, self.targets[1], g, new_f, omega, self.precision)
         return new_f, new_g, row_lse, col_lse
-
-    def _step(self, problem: Problem, old: Tensor | None, g: Tensor, omega: Tensor | None) -> tuple[Tensor, Tensor]:
-        return half_step(problem, old, g, omega, self.precision)
 
     def _apply(self, problem: Problem, f: Tensor, g: Tensor, v: Tensor) -> Tensor:
         return moments(problem, f, g, v[..., None], 0, self.precision)[..., 0]
@@ -158,14 +159,18 @@ class TritonEngine(Streamed):
         return moments(problem, f, g, values, power, self.precision)
 
 
+def update_target(problem: Problem) -> Tensor:
+    """What f would be if its log-sums were zero, ``[B,N]``: the constant part of the update."""
+    return (problem.log_a - (1 - problem.damp[:, None]) * problem.q_s).contiguous()
+
+
 def half_step(
-    problem: Problem, old: Tensor | None, g: Tensor, omega: Tensor | None, precision: str
+    problem: Problem, target: Tensor, old: Tensor | None, g: Tensor, omega: Tensor | None, precision: str
 ) -> tuple[Tensor, Tensor]:
     """New f ``[B,N]`` and its log-sums ``[B,N]`` from g ``[B,M]``: one launch. Without ``old`` the update is plain."""
     batch, n, m = problem.shape
-    target = problem.log_a - (1 - problem.damp[:, None]) * problem.q_s
     if old is None or omega is None:
-        old, omega = torch.zeros_like(problem.log_a), torch.ones_like(problem.unit)
+        old, omega = torch.zeros_like(target), torch.ones_like(problem.unit)
     new, lse = torch.empty_like(target), torch.empty_like(target)
     _half_step[(triton.cdiv(n, BLOCK_N), batch)](
         *(z.contiguous() for z in (problem.s, problem.t, g, old, target, problem.damp, omega)), new, lse, n, m,
@@ -193,10 +198,10 @@ def pick_precision(problem: Problem) -> str:
     TF32 keeps 11 bits of each factor: enough for logits of a few bits (large eps), not for the hundreds of a small one.
     """
     sample = _first_rows(problem, 2 * BLOCK_N)
-    g = problem.log_b - problem.q_t
-    exact = half_step(sample, None, g, None, "ieee")[1]
+    target, g = update_target(sample), problem.log_b - problem.q_t
+    exact = half_step(sample, target, None, g, None, "ieee")[1]
     for precision in PRECISIONS[:-1]:
-        if bool((half_step(sample, None, g, None, precision)[1] - exact).abs().amax() <= DOT_TOLERANCE):
+        if bool((half_step(sample, target, None, g, None, precision)[1] - exact).abs().amax() <= DOT_TOLERANCE):
             return precision
     return PRECISIONS[-1]
 
