@@ -167,7 +167,7 @@ def peak_above_now(run: Callable[[], Result], device: str) -> tuple[Result, floa
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)  # a contender that fails must not live on in it
     _end.clear()
     begin = time.perf_counter()
     if device == "cpu":
