@@ -13,9 +13,9 @@ from torch import Tensor
 
 from vdot.checkpoints import CheckpointInfo, inspect_checkpoint, load_dit, load_text_encoder, load_vae
 from vdot.conditioning import Condition, encode_context, keep_source
-from vdot.errors import CheckpointError, InputError, MissingDependencyError, VdotError
+from vdot.errors import CheckpointError, ConfigError, InputError, MissingDependencyError, VdotError
 from vdot.memory import GIB, OFFLOAD_MODES, MemoryPlan
-from vdot.models.attention import set_attention_backend
+from vdot.models.attention import attention_backend, set_attention_backend
 from vdot.models.text_encoder import UMT5TextEncoder
 from vdot.models.vace import VaceDiT
 from vdot.models.vae import WanVAE
@@ -111,17 +111,17 @@ class VdotPipeline:
             CheckpointError, ConfigError, MissingDependencyError: one sentence each.
         """
         place = device if isinstance(device, torch.device) else pick_device(device)
-        offload_mode(offload)
         info = inspect_checkpoint(path)
         precision = pick_dtype(dtype, place)
-        start = place if offload == "false" else HOST
-        dit = load_dit(path, dtype=precision, device=start)
+        start = place if offload_mode(offload) == "false" else HOST
         try:
-            set_attention_backend(dit, attention)
+            attention_backend(attention)  # before gigabytes are read
         except ImportError as error:
             raise MissingDependencyError(str(error)) from error
         except ValueError as error:
-            raise InputError(str(error)) from error
+            raise ConfigError(str(error)) from error
+        dit = load_dit(path, dtype=precision, device=start)
+        set_attention_backend(dit, attention)
         if compile:
             for block in (*dit.blocks, *dit.vace_blocks):
                 block.compile()
@@ -175,7 +175,7 @@ class VdotPipeline:
             on_step: called after each step with (step, steps, latents).
 
         Raises:
-            InputError, ConfigError: one sentence saying what does not fit.
+            InputError, ConfigError: one sentence saying what does not fit, or that the result is not finite.
         """
         request = Request(
             prompt,
@@ -219,6 +219,11 @@ class VdotPipeline:
             context = self._encode_condition(prepared.condition)
         with stages("sample"):
             latents = self._sample(texts, context, prepared.condition, request, schedule, on_step)
+        if not latents.isfinite().all():
+            raise InputError(
+                "sampling ended in numbers that are not finite: use a guidance or context scale nearer to 1, "
+                "or another --dtype"
+            )
         latents = latents[:, :, len(prepared.condition.references) :]
         with stages("decode"):
             frames = self._decode(latents)[: prepared.frame_num]

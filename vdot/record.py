@@ -77,7 +77,7 @@ def _make(folder: Path, fresh: bool, made: list[str]) -> Path:
 
 def _remove_empty(folders: list[str]) -> None:
     for folder in folders:
-        with suppress(OSError):
+        with suppress(OSError, ValueError):
             os.rmdir(folder)
 
 
