@@ -285,7 +285,7 @@ def main() -> None:
     if args.quick:
         args.model, args.dtype, args.seconds = "tiny", "float32", 2.0
         args.request = args.request or "text"
-    models = {"tiny": (tiny, requests(17, 128, 128)), "larger": (larger, requests(17, 192, 256)[:1])}
+    models = {"tiny": (tiny, requests(17, 128, 128)), "larger": (larger, requests(17, 128, 128)[:1])}
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads", flush=True)
     rows = []
     with torch.no_grad():
