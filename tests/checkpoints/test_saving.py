@@ -94,6 +94,14 @@ def test_dtype_of_the_file(tmp_path: Path, parts: Parts) -> None:
     assert dtypes == {"float32": islands, "bfloat16": info.parts["dit"].parameters - islands}
 
 
+def test_channels_last_weights_are_saved_as_any_others(tmp_path: Path, layouts: dict[str, Path], parts: Parts) -> None:
+    vae = load_vae(layouts["wan"], dtype="bfloat16")
+    assert vae.model.encoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last_3d)
+    for layout in LAYOUTS:
+        folder = save_checkpoint(tmp_path / layout, parts[0], vae=vae, layout=layout)
+        assert_same(load_vae(folder, dtype="bfloat16").model, vae.model)
+
+
 def test_notes_may_be_dataclasses(tmp_path: Path, parts: Parts) -> None:
     @dataclass
     class Defaults:

@@ -128,7 +128,8 @@ def load_vae(
     weights = read_headers("vae", location(find_layout(path), "vae"))
     with torch.device("meta"):
         model = AutoencoderKLWan.from_config(vae_config(weights.shapes, weights.config, weights.where))
-    return WanVAE(_fill(model, weights, dtype_of(dtype), device, mmap)).requires_grad_(False)
+    vae = WanVAE(_fill(model, weights, dtype_of(dtype), device, mmap)).requires_grad_(False)
+    return vae.channels_last() if vae.dtype == torch.bfloat16 and vae.device.type == "cpu" else vae
 
 
 def dtype_of(dtype: str | torch.dtype) -> torch.dtype:

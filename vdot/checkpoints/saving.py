@@ -209,7 +209,9 @@ def _save_libraries(folder: Path, text_encoder: UMT5TextEncoder | None, vae: Wan
         text_encoder.model.save_pretrained(folder / "text_encoder")
         _save_tokenizer(folder / "tokenizer", text_encoder)
     if vae is not None:
-        vae.model.save_pretrained(folder / "vae")
+        vae.model.save_config(folder / "vae")  # its save_pretrained refuses weights that are laid out channels last
+        state = {key: _ready(tensor, "", None) for key, tensor in vae.model.state_dict().items()}
+        save_file(state, folder / "vae" / f"{STEM}.safetensors", metadata={"format": "pt"})
 
 
 def _save_tokenizer(folder: Path, text_encoder: UMT5TextEncoder) -> None:

@@ -95,6 +95,18 @@ class WanVAE(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.model.quant_conv.weight.dtype
 
+    def channels_last(self) -> "WanVAE":
+        """Lay the convolutions' weights out channels last, in place; values and names do not change.
+
+        Measured on a CPU with bfloat16 instructions: half the time in bfloat16, no gain in float32.
+        """
+        for module in self.model.modules():
+            if isinstance(module, nn.Conv3d):
+                module.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+            elif isinstance(module, nn.Conv2d):
+                module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return self
+
     def _statistics(self) -> tuple[Tensor, Tensor]:
         """Latent mean and standard deviation, float32 ``[1, z, 1, 1, 1]`` (never cast with the module)."""
         rows = torch.tensor([self.model.config.latents_mean, self.model.config.latents_std], device=self.device)
