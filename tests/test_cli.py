@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -123,8 +124,7 @@ def test_seeds(cli, tmp_path):
     assert made[0] == made[1] != made[2]
 
 
-@pytest.mark.parametrize("frames", [1, 2, 5, 16, 17, 18])
-@pytest.mark.parametrize("source", [False, True])
+@pytest.mark.parametrize("frames, source", [(1, False), (18, False), (1, True), (2, True), (16, True)])
 def test_n_frames_asked_are_n_frames_in_the_file(frames, source, cli, inputs, tmp_path):
     media = ("--src_video", inputs / "clip.mp4") if source else ()
     code, _, _ = cli("--prompt", "x", "--size", "32*16", *media, "--frame_num", frames, "--save_dir", tmp_path / "a")
@@ -480,7 +480,7 @@ def test_a_prompt_of_10000_words_is_cut_with_a_warning_that_counts(cli, tmp_path
     )
 
 
-@pytest.mark.parametrize("prompt", ["日本の猫", "🦊" * 50, "a\nb\tc", "--not a flag", "x" * 5000, "%s %d {x} ${y} ???"])
+@pytest.mark.parametrize("prompt", ["日本の猫 🦊\n\t", "--not a flag", "%s %d {x} ${y} ???"])
 def test_prompts_of_every_kind(prompt, cli, tmp_path):
     assert cli(f"--prompt={prompt}", *SMALL, "--save_dir", tmp_path / "a")[0] == 0
     assert record(tmp_path / "a")["config"]["prompt"] == prompt
@@ -526,19 +526,22 @@ def test_ctrl_c_while_sampling_leaves_nothing(tmp_path):
     assert err == "interrupted: nothing half-written is left\n" and os.listdir(tmp_path) == []
 
 
-def test_from_another_folder_without_home_and_stdin(tmp_path):
-    """A read-only root asks for --save_dir; the checkpoint of the repository is found from anywhere."""
-    env = {k: v for k, v in os.environ.items() if k != "HOME"}
-    command = [sys.executable, str(SCRIPT), "--prompt", "x", *SMALL, "--save_dir", str(tmp_path / "a")]
-    done = subprocess.run(command, cwd="/", env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "") and (tmp_path / "a" / "out_video.mp4").is_file()
-    assert done.stdout.startswith(f"checkpoint {TINY} (the small model")
-
-
-def test_a_reader_that_leaves_does_not_stop_the_run(tmp_path):
-    process = start("--prompt", "x", *SMALL, "--save_dir", tmp_path / "a")
-    process.stdout.readline()
+def test_from_a_bare_environment(tmp_path):
+    """From another folder, without HOME and stdin, on an ASCII console whose reader leaves after the first line."""
+    env = {k: v for k, v in os.environ.items() if k != "HOME"} | {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(SCRIPT), "--prompt", "x", *SMALL, "--save_dir", str(tmp_path / "日本")]
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, cwd="/", env=env, text=True, **streams)
+    assert process.stdout.readline().startswith(f"checkpoint {TINY} (the small model")
     process.stdout.close()
     err = process.stderr.read()
     process.wait(timeout=120)
-    assert "Traceback" not in err and (tmp_path / "a" / "run.json").is_file()
+    assert "Traceback" not in err and sorted(os.listdir(tmp_path / "日本")) == ["out_video.mp4", "run.json"]
+
+
+def test_a_console_of_another_encoding(tmp_path, monkeypatch, cli):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    _, _, err = cli("--prompt", "x", *SMALL, "--save_dir", tmp_path / "日本")
+    stream.flush()
+    assert err == "" and b"\\u65e5\\u672c/out_video.mp4: 5 frames" in stream.buffer.getvalue()

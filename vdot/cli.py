@@ -366,9 +366,8 @@ class Session:
         record = write_run(result, config, folder, checkpoint, video, resolved)
         for note in result.notes[len(prepared.notes) :]:
             log.info("note  %s", note)
-        log.info(
-            "%s: %d frames, %s, %.4g fps, seed %d", video, len(result.frames), record["size"], result.fps, result.seed
-        )
+        count = "1 frame" if len(result.frames) == 1 else f"{len(result.frames)} frames"
+        log.info("%s: %s, %s, %.4g fps, seed %d", video, count, record["size"], result.fps, result.seed)
 
     def run_table(self, table: str) -> int:
         """All rows of a jobs file; 1 if any failed."""

@@ -111,7 +111,8 @@ class Prepared:
             head = describe(replace(self.plan, notes=())).splitlines()
         else:
             surplus = "" if c.frames == self.frame_num else f" (the model makes {c.frames}; the surplus is cut off)"
-            head = [f"out   {self.frame_num} frames, {self.fps:.4g} fps, {c.width}x{c.height}{surplus}"]
+            count = "1 frame" if self.frame_num == 1 else f"{self.frame_num} frames"
+            head = [f"out   {count}, {self.fps:.4g} fps, {c.width}x{c.height}{surplus}"]
         if c.references:
             head.append(f"refs  {len(c.references)} image(s), letterboxed on white to {c.width}x{c.height}")
         return head + [f"note  {note}" for note in self.notes]

@@ -1,5 +1,6 @@
 """The machine: which device, which precision, how a run reports what it is doing."""
 
+import io
 import logging
 import os
 import sys
@@ -26,6 +27,8 @@ class _Output(logging.StreamHandler):
 
 def setup_logging(level: int = logging.INFO) -> None:
     """Messages of this package to stdout, bare: they are the program's output."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a console of another encoding must not stop a file name in it
+        sys.stdout.reconfigure(errors="backslashreplace")
     handler = _Output(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.handlers[:] = [handler]
