@@ -7,7 +7,7 @@ from dataclasses import dataclass
 class OTConfig:
     """Every choice of :func:`vdot.transport.transport_latents`; the defaults are the release's problem, solved.
 
-    Plain types only, so that OmegaConf can check a YAML file against it.
+    Plain types only, so that ``vdot.config`` can check a YAML file against it.
     """
 
     eps: float = 0.1  # entropic strength, in units of the cost (absolute) or of the mean cost (relative)
