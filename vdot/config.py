@@ -2,13 +2,15 @@
 
 import difflib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # OmegaConf's own dependency, whose errors it lets through
 
 from vdot.errors import ConfigError
 
@@ -78,87 +80,76 @@ def load_config(
 
 
 def merge_config(base: T, values: Mapping[str, Any], where: str) -> T:
-    """A copy of the dataclass ``base`` with ``values`` laid over it, types checked. ``ConfigError`` says ``where``.
-
-    Text is taken letter by letter: a prompt may hold ``${x}``, ``???`` or ``a: b``, which YAML tools would interpret.
-    """
-    hints = get_type_hints(type(base))
-    names = [f.name for f in fields(base)]  # type: ignore[arg-type]
-    changed = {}
+    """A copy of the dataclass ``base`` with ``values`` laid over it, types checked. ``ConfigError`` says ``where``."""
+    _check_keys(type(base), values, where)
+    around: dict[str, Any] = {k: v for k, v in vars(base).items() if _interpreted(v)}  # what goes around OmegaConf
+    through: dict[str, Any] = {}
     for key, value in values.items():
+        kinds, current = _kinds(type(base), key), getattr(base, key)
+        if is_dataclass(current) and not isinstance(current, type):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{where}: {key} must be a table of key: value, got {value!r}")
+            around[key] = merge_config(current, value, f"{where}: {key}")
+        elif str in kinds and _interpreted(value):
+            around[key] = value
+        else:
+            around.pop(key, None)
+            through[key] = value.strip("[]").split(",") if isinstance(value, str) and _is_list(kinds) else value
+    plain = replace(cast(Any, base), **{k: "" for k in around if _interpreted(getattr(base, k))})
+    try:
+        merged = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(plain), OmegaConf.create(through)))
+    except (OmegaConfBaseException, OverflowError) as error:
+        key = str(getattr(error, "full_key", None) or next(iter(through))).split("[")[0]
+        raise ConfigError(f"{where}: {key} is {values.get(key)!r}, which is not {_wanted(type(base), key)}") from error
+    return replace(cast(Any, merged), **around)
+
+
+def _interpreted(value: Any) -> bool:
+    """Whether OmegaConf would take a text, a prompt with ``${x}`` or ``???``, for more than text."""
+    return isinstance(value, str) and ("${" in value or value == "???")
+
+
+def _kinds(schema: type, key: str) -> tuple[Any, ...]:
+    """Types that a field takes, None left out."""
+    hint = get_type_hints(schema)[key]
+    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return tuple(kind for kind in options if kind is not NoneType)
+
+
+def _is_list(kinds: tuple[Any, ...]) -> bool:
+    return any(get_origin(kind) in (list, tuple) for kind in kinds)
+
+
+def _wanted(schema: type, key: str) -> str:
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    return next((names[kind] for kind in _kinds(schema, key) if kind in names), "a list of the right kind")
+
+
+def _check_keys(schema: type, values: Mapping[str, Any], where: str) -> None:
+    names = [f.name for f in fields(schema)]
+    for key in values:
         if key not in names:
             near = difflib.get_close_matches(str(key), names, n=1)
             hint = f"did you mean {near[0]}?" if near else f"valid keys: {', '.join(names)}"
             raise ConfigError(f"{where}: unknown key {key!r}; {hint}")
-        changed[key] = _convert(value, hints[key], getattr(base, key), f"{where}: {key}")
-    return replace(base, **changed)  # type: ignore[type-var]
-
-
-def _convert(value: Any, wanted: Any, current: Any, where: str) -> Any:
-    """``value``, from text, YAML or JSON, as the annotated type ``wanted``; ``current`` is what it replaces."""
-    options = [t for t in (get_args(wanted) if get_origin(wanted) in (Union, UnionType) else [wanted])]
-    if value is None and NoneType in options:
-        return None
-    kind = next(t for t in options if t is not NoneType)
-    if is_dataclass(kind):
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{where} must be a table of key: value, got {value!r}")
-        return merge_config(current if current is not None else kind(), value, where)  # type: ignore[operator]
-    if get_origin(kind) in (tuple, list):
-        items = value.split(",") if isinstance(value, str) else value
-        if not isinstance(items, list | tuple):
-            raise ConfigError(f"{where} must be a list, got {value!r}")
-        item = get_args(kind)[0]
-        return get_origin(kind)(_convert(v, item, None, f"{where}[{i}]") for i, v in enumerate(items))  # type: ignore[misc]
-    try:
-        return _SCALARS[kind](value)
-    except (TypeError, ValueError, OverflowError):
-        raise ConfigError(f"{where} is {value!r}, which is not {_NAMES[kind]}") from None
-
-
-def _boolean(value: Any) -> bool:
-    words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
-    if isinstance(value, bool):
-        return value
-    if str(value).lower() not in words:
-        raise ValueError
-    return words[str(value).lower()]
-
-
-def _whole(value: Any) -> int:
-    if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
-        raise ValueError
-    return int(value)
-
-
-def _real(value: Any) -> float:
-    if isinstance(value, bool):
-        raise ValueError
-    return float(value)
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str | int | float):  # a table, a list or null
-        raise ValueError
-    return str(value)
-
-
-_SCALARS: dict[Any, Callable[[Any], Any]] = {bool: _boolean, int: _whole, float: _real, str: _text}
-_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
 def _read(path: str | Path | None) -> dict[str, Any]:
+    """A table from YAML, where OmegaConf's ``${...}`` works, or from JSON, whose text is taken as it is."""
     if path is None:
         return {}
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-        values = json.loads(text) if str(path).lower().endswith(".json") else yaml.safe_load(text)
+        if str(path).lower().endswith(".json"):
+            values = json.loads(text)
+        else:
+            values = OmegaConf.to_container(OmegaConf.create(text or "{}"), resolve=True)
     except OSError as error:
         raise ConfigError(f"cannot read the config {path}: {error.strerror or error}") from error
-    except (ValueError, yaml.YAMLError, RecursionError) as error:
+    except AssertionError:  # OmegaConf's answer to a bare number
+        values = None
+    except (ValueError, YAMLError, OmegaConfBaseException, RecursionError) as error:
         raise ConfigError(f"the config {path} is not valid YAML or JSON: {str(error).splitlines()[0]}") from error
-    if values is None:  # nothing but comments: all defaults
-        return {}
     if isinstance(values, dict) and "config" in values:  # a run.json repeats its run
         values = values["config"]
     if not isinstance(values, dict):
