@@ -4,7 +4,7 @@ White in a mask generates, black keeps. The clip is split into what is kept ("in
 ("reactive"), both encoded, and the mask itself is folded into 64 channels of one value per pixel of an 8x8 cell.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -83,8 +83,17 @@ def _encode(vae: Encoder, video: Tensor) -> Tensor:
     return vae.encode(video[None])[0].float()
 
 
-def encode_context(vae: Encoder, condition: Condition, device: torch.device | str = "cpu") -> Tensor:
-    """The VACE context ``[1, 96, R + F, H/8, W/8]``, float32: 16 inactive, 16 reactive and 64 mask channels."""
+def encode_context(
+    vae: Encoder,
+    condition: Condition,
+    device: torch.device | str = "cpu",
+    encode_clips: Callable[[Sequence[Tensor]], list[Tensor]] | None = None,
+) -> Tensor:
+    """The VACE context ``[1, 96, R + F, H/8, W/8]``, float32: 16 inactive, 16 reactive and 64 mask channels.
+
+    ``encode_clips`` encodes several clips ``[3, T, H, W]`` to ``[16, F, h, w]`` in place of ``vae``, one by one: that
+    is how ranks share the work.
+    """
     clip = (condition.frames, condition.height, condition.width)
     nothing = torch.zeros(3, *clip)
     if condition.source is None:
@@ -95,11 +104,12 @@ def encode_context(vae: Encoder, condition: Condition, device: torch.device | st
         mask = condition.mask
         changes = (mask > MASK_THRESHOLD).float()
         inactive, reactive = condition.source * (1 - changes), condition.source * changes
-    latents = torch.cat([_encode(vae, inactive.to(device)), _encode(vae, reactive.to(device))])
+    clips = (clip.to(device) for clip in (inactive, reactive, *condition.references))
+    encoded = [_encode(vae, clip) for clip in clips] if encode_clips is None else encode_clips(list(clips))
+    latents, lead = torch.cat(encoded[:2]), encoded[2:]
     context = torch.cat([latents, mask_latents(mask.to(device))])
-    if not condition.references:
+    if not lead:
         return context[None]
-    lead = [_encode(vae, reference.to(device)) for reference in condition.references]
     # A reference has no reactive part, and its mask is 0: keep.
     leading = torch.cat([torch.cat([r, r.new_zeros(80, *r.shape[1:])]) for r in lead], dim=1)
     return torch.cat([leading, context], dim=1)[None]

@@ -3,10 +3,12 @@
 import math
 
 import torch
+from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from vdot.models.presets import DitConfig
 from vdot.models.vace import VaceDiT
+from vdot.models.vae import WanVAE
 from vdot.parallel.mesh import Mesh, make_mesh
 
 MESHES: dict[tuple[int, int], Mesh] = {}
@@ -45,3 +47,13 @@ def inputs(frames: int = 3, rows: int = 6, columns: int = 10, seed: int = 0) -> 
         "text": torch.randn(1, 9, 24, generator=g),
         "vace_context": torch.randn(1, 96, frames, rows, columns, generator=g),
     }
+
+
+def small_vae() -> WanVAE:
+    """The autoencoder with six channels, no weight zero."""
+    model = AutoencoderKLWan(base_dim=6)
+    generator = torch.Generator().manual_seed(1)
+    for name, p in model.named_parameters():
+        noise = torch.randn(p.shape, generator=generator)
+        p.data = 1 + 0.1 * noise if name.endswith("gamma") else noise / math.sqrt(max(1, p[0].numel()))
+    return WanVAE(model).requires_grad_(False)

@@ -8,14 +8,14 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from vdot.checkpoints import keymaps
 from vdot.checkpoints.layouts import PART_NAMES, Layout, Location, find_layout, location
-from vdot.checkpoints.reading import Header, WeightFile, open_weights
+from vdot.checkpoints.reading import Header, Rows, WeightFile, open_weights
 from vdot.checkpoints.shapes import dit_config, umt5_config, vae_config
 from vdot.errors import CheckpointError
 from vdot.models.text_encoder import UMT5TextEncoder
@@ -35,6 +35,17 @@ DTYPES = {
     "fp16": torch.float16,
 }
 KEYMAPS = {"dit": keymaps.DIT, "text_encoder": keymaps.T5, "vae": keymaps.VAE}
+
+
+class Sharder(Protocol):
+    """Splits a network's parameters by rows over processes (``vdot.parallel.shard``)."""
+
+    def shard(self, module: nn.Module, device: torch.device) -> None:
+        """Wrap ``module``, which is on the meta device, and allocate this process's part of it."""
+
+    def local(self, parameter: Tensor) -> tuple[Tensor, int]:
+        """The memory of this process's part of a parameter, and the row that it begins with."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -72,6 +83,7 @@ def load_dit(
     *,
     mmap: bool = False,
     state_key: str | None = None,
+    sharder: Sharder | None = None,
 ) -> VaceDiT:
     """The video transformer of a checkpoint folder of any layout, of its own folder, or of a single file.
 
@@ -81,6 +93,7 @@ def load_dit(
         device: where the weights go, tensor by tensor.
         mmap: leave tensors that need no cast in a private map of the file (see :mod:`vdot.checkpoints.reading`).
         state_key: which state dict of a ``.pt`` that holds several, e.g. ``generator_ema``.
+        sharder: split the weights over processes; this one reads no more of the files than its own rows.
 
     Raises:
         CheckpointError: missing, incomplete, unsafe or of another model; all missing, unexpected and mis-shaped
@@ -91,7 +104,7 @@ def load_dit(
     config = dit_config(weights.shapes, weights.config, weights.where, layout.text_len)
     with torch.device("meta"):
         dit = VaceDiT(config)
-    return _fill(dit, weights, dtype_of(dtype), device, mmap, VaceDiT.FLOAT32_ISLANDS)
+    return _fill(dit, weights, dtype_of(dtype), device, mmap, VaceDiT.FLOAT32_ISLANDS, sharder)
 
 
 def load_text_encoder(
@@ -101,6 +114,7 @@ def load_text_encoder(
     *,
     text_len: int | None = None,
     mmap: bool = False,
+    sharder: Sharder | None = None,
 ) -> UMT5TextEncoder:
     """The text encoder and its tokenizer. ``text_len`` defaults to what the checkpoint says, else 512.
 
@@ -115,7 +129,7 @@ def load_text_encoder(
         model = UMT5EncoderModel(umt5_config(weights.shapes, weights.config, weights.where))
     dtype = dtype_of(dtype)
     islands = UMT5TextEncoder.FLOAT16_ISLANDS if dtype == torch.float16 else ()
-    _fill(model, weights, dtype, device, mmap, islands)
+    _fill(model, weights, dtype, device, mmap, islands, sharder)
     return UMT5TextEncoder(model, tokenizer, text_len or layout.text_len or 512).requires_grad_(False)
 
 
@@ -247,13 +261,21 @@ def _listed(items: list[str], limit: int = 10) -> str:
 
 
 def _fill(
-    module: M, weights: Weights, dtype: torch.dtype, device: Device, mmap: bool, islands: tuple[str, ...] = ()
+    module: M,
+    weights: Weights,
+    dtype: torch.dtype,
+    device: Device,
+    mmap: bool,
+    islands: tuple[str, ...] = (),
+    sharder: Sharder | None = None,
 ) -> M:
     """Check, read, cast and assign every tensor of a module that was built on the meta device."""
     expected = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
     tied = expected.pop("encoder.embed_tokens.weight", None) if weights.part == "text_encoder" else None
     compare(weights, expected, _describe(weights, module))
     wanted = {key: torch.float32 if any(i in key for i in islands) else dtype for key in weights.tensors}
+    if sharder is not None:
+        return _fill_shards(module, weights, wanted, torch.device(device), sharder)
     state = dict(_tensors(weights, wanted, torch.device(device), mmap))
     if tied is not None:
         state["encoder.embed_tokens.weight"] = state["shared.weight"]
@@ -272,6 +294,25 @@ def _tensors(
     for file, names in by_file.items():
         for name, tensor in file.read({n: wanted[key] for n, key in names.items()}, device, mmap):
             yield names[name], tensor
+
+
+@torch.no_grad()
+def _fill_shards(
+    module: M, weights: Weights, wanted: dict[str, torch.dtype], device: torch.device, sharder: Sharder
+) -> M:
+    """Split the meta module and read this process's rows of every tensor, one tensor in memory at a time."""
+    for key, parameter in module.named_parameters():
+        parameter.data = parameter.data.to(wanted[key])
+    sharder.shard(module, device)
+    by_file: dict[WeightFile, dict[str, tuple[Tensor, int]]] = {}
+    for key, parameter in module.named_parameters():
+        source = weights.tensors[key]
+        by_file.setdefault(source.file, {})[source.name] = sharder.local(parameter)
+    for file, places in by_file.items():
+        rows = {name: Rows(start, start + len(place), place.dtype) for name, (place, start) in places.items()}
+        for name, tensor in file.read_rows(rows):
+            places[name][0].copy_(tensor)
+    return module.eval()
 
 
 def _describe(weights: Weights, module: nn.Module) -> str:

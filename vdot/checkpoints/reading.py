@@ -65,6 +65,15 @@ class Header:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Rows ``[start, stop)`` of a tensor, to be read as ``dtype``."""
+
+    start: int
+    stop: int
+    dtype: torch.dtype
+
+
 class WeightFile(Protocol):
     """``headers`` by the names in the file; ``read`` yields the asked-for tensors in file order, cast and placed."""
 
@@ -74,6 +83,10 @@ class WeightFile(Protocol):
     def read(
         self, wanted: Mapping[str, torch.dtype], device: torch.device, mmap: bool = False
     ) -> Iterator[tuple[str, Tensor]]: ...
+
+    def read_rows(self, wanted: Mapping[str, Rows]) -> Iterator[tuple[str, Tensor]]:
+        """Only some rows (of the first dimension) of each tensor, cast, on the CPU."""
+        ...
 
 
 def open_weights(path: Path, state_key: str | None = None) -> WeightFile:
@@ -145,6 +158,18 @@ class SafetensorsFile:
                 out = _allocate([(math.prod(self.headers[k].shape), d) for k, d in zip(group, types, strict=True)])
                 for key, tensor in zip(group, pool.map(self._load, group, out), strict=True):
                     yield key, tensor.to(device).to(wanted[key])
+
+    def read_rows(self, wanted: Mapping[str, Rows]) -> Iterator[tuple[str, Tensor]]:
+        keys = sorted(wanted, key=self._offsets.__getitem__)
+        with self.path.open("rb", buffering=0) as file:
+            for key in keys:
+                header, rows = self.headers[key], wanted[key]
+                shape = (rows.stop - rows.start, *header.shape[1:])
+                out = torch.empty(math.prod(shape), dtype=rows.dtype)
+                row_bytes = math.prod(header.shape[1:]) * header.dtype.itemsize
+                file.seek(self._offsets[key] + rows.start * row_bytes)
+                _read(file, header.dtype, out)
+                yield key, out.view(shape)
 
     def _mappable(self, key: str, dtype: torch.dtype) -> bool:
         return self.headers[key].dtype == dtype and self._offsets[key] % dtype.itemsize == 0
@@ -265,6 +290,15 @@ class TorchFile:
             out = _allocate([(t.numel() if n else 0, wanted[k]) for k, t, n in zip(group, tensors, new, strict=True)])
             for key, tensor, copy, to in zip(group, tensors, new, out, strict=True):
                 yield key, to.view(tensor.shape).copy_(tensor) if copy else tensor
+
+    def read_rows(self, wanted: Mapping[str, Rows]) -> Iterator[tuple[str, Tensor]]:
+        keys = [key for key in self.headers if key in wanted]
+        # As above: mapping anew drops the pages that were read. They belong to the file and are shared by processes.
+        for group in _groups(keys, lambda key: self.headers[key].nbytes, ARENA_BYTES if self._mapped else 1 << 62):
+            state, _ = self._open()
+            for key in group:
+                rows = wanted[key]
+                yield key, state[key].detach()[rows.start : rows.stop].to(rows.dtype, copy=True)
 
 
 def _unpickle(path: Path, mapped: bool) -> Any:
