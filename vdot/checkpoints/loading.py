@@ -143,7 +143,7 @@ def load_vae(
     with torch.device("meta"):
         model = AutoencoderKLWan.from_config(vae_config(weights.shapes, weights.config, weights.where))
     vae = WanVAE(_fill(model, weights, dtype_of(dtype), device, mmap)).requires_grad_(False)
-    return vae.channels_last() if vae.dtype == torch.bfloat16 and vae.device.type == "cpu" else vae
+    return vae.channels_last() if vae.device.type == "cpu" else vae
 
 
 def dtype_of(dtype: str | torch.dtype) -> torch.dtype:
