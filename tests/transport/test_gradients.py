@@ -26,7 +26,9 @@ def test_closed_form_is_the_derivative_of_the_objective(p, reach):
     options = {"eps": 0.3, "p": p, "reach": reach, "weights": ab, **SOLVED}
     direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     expected = difference(lambda z: sinkhorn(z, y, **options).objective, x, direction)
-    assert (ot_gradient(x, y, **options) * direction).sum().item() == pytest.approx(expected, rel=1e-6)
+    assert (ot_gradient(x, y, gradient="closed", **options) * direction).sum().item() == pytest.approx(
+        expected, rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("engine", ["cached", "streamed"])
@@ -120,10 +122,15 @@ def test_divergence_is_differentiable_in_both_clouds():
     direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     expected = difference(lambda z: sinkhorn_divergence(x, z, weights=(a, b), **options), y, direction)
     assert (ys.grad * direction).sum().item() == pytest.approx(expected, rel=1e-5)
-    torch.testing.assert_close(ot_gradient(x, y, debias=True, weights=(a, b), **options), xs.grad, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(
+        ot_gradient(x, y, gradient="closed", debias=True, weights=(a, b), **options), xs.grad, rtol=1e-7, atol=1e-9
+    )
 
 
 def test_float32_divergence_of_equal_clouds_is_small():
     x = clouds(100, 100, 16, batch=1)[0].float()
     value = sinkhorn_divergence(x, x.clone(), eps=1.0, tol=1e-4)
-    assert abs(value.item()) < 1e-4 and ot_gradient(x, x, debias=True).abs().max().item() < 1e-6
+    assert (
+        abs(value.item()) < 1e-4
+        and ot_gradient(x, x, tol=1e-2, gradient="closed", debias=True).abs().max().item() < 1e-6
+    )

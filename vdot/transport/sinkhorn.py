@@ -80,13 +80,15 @@ def ot_gradient(
     y: Tensor,
     eps: float | Tensor = 0.1,
     max_iters: int = 60,
-    tol: float = 1e-2,
-    gradient: str = "closed",
+    tol: float = 0.0,
+    gradient: str = "unrolled",
     *,
     debias: bool = False,
     **options: object,
 ) -> Tensor:
     """Gradient ``[B,N,D]`` of the transport of x to y with respect to x; further options as :func:`sinkhorn`.
+
+    The defaults are the release's; ``gradient="closed", tol=1e-2`` (as in :class:`OTConfig`) is the better target.
 
     ``"closed"``: at the optimum, OT_eps(x) = max_phi,psi D(phi, psi; x) and the potentials are stationary, hence
     ``dOT/dx_i = sum_j P_ij dC_ij/dx_i``: for p = 2 this is ``2 (a_i x_i - (P y)_i)``, the way to the barycentre (the
