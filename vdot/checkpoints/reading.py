@@ -12,13 +12,11 @@ reaches the file, but the file must not be truncated or overwritten in place whi
 import json
 import logging
 import math
-import mmap as memory_map
 import os
 import pickle
 import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -45,11 +43,8 @@ SAFETENSORS_DTYPES = {
     "BOOL": torch.bool,
 }
 STATE_KEYS = ("generator", "generator_ema", "model", "state_dict")  # the first one present is the state dict
-SCRATCH_BYTES = 128 << 10  # a cast passes through a buffer of this size: it stays in the cache, and torch casts so few
-#                            elements without waking its own threads, of which every reader would have a set
-ARENA_BYTES = 256 << 20  # tensors are read in groups of about this size, each group into one piece of memory
-READERS = min(4, os.cpu_count() or 1)
-ALIGNMENT = 64  # bytes between tensors, as torch's own allocator
+SCRATCH_BYTES = 1 << 20  # a cast passes through a buffer of this size, which stays in the processor's cache
+GROUP_BYTES = 256 << 20  # of a mapped file that one rank reads rows of before it is mapped anew
 HUGE_HEADER = 100 << 20  # a safetensors header is kilobytes; more than this is not one
 
 
@@ -151,24 +146,28 @@ class SafetensorsFile:
             for key in [key for key in keys if self._mappable(key, wanted[key])]:
                 keys.remove(key)
                 yield key, self._view(key, storage).to(device)
-        with ThreadPoolExecutor(READERS) as pool:
-            for group in _groups(keys, lambda key: self.headers[key].nbytes, ARENA_BYTES):
-                # Where the tensors go to another device, they are cast there.
-                types = [wanted[key] if device.type == "cpu" else self.headers[key].dtype for key in group]
-                out = _allocate([(math.prod(self.headers[k].shape), d) for k, d in zip(group, types, strict=True)])
-                for key, tensor in zip(group, pool.map(self._load, group, out), strict=True):
-                    yield key, tensor.to(device).to(wanted[key])
+        # One pass in file order by one reader: what disks and the kernel's read-ahead like best.
+        with self.path.open("rb", buffering=0) as file:
+            scratch = torch.empty(SCRATCH_BYTES, dtype=torch.uint8)
+            for key in keys:
+                header = self.headers[key]
+                # What goes to another device is cast there.
+                out = torch.empty(header.shape, dtype=wanted[key] if device.type == "cpu" else header.dtype)
+                file.seek(self._offsets[key])
+                _read(file, header.dtype, out.view(-1), scratch)
+                yield key, out.to(device).to(wanted[key])
 
     def read_rows(self, wanted: Mapping[str, Rows]) -> Iterator[tuple[str, Tensor]]:
         keys = sorted(wanted, key=self._offsets.__getitem__)
         with self.path.open("rb", buffering=0) as file:
+            scratch = torch.empty(SCRATCH_BYTES, dtype=torch.uint8)
             for key in keys:
                 header, rows = self.headers[key], wanted[key]
                 shape = (rows.stop - rows.start, *header.shape[1:])
                 out = torch.empty(math.prod(shape), dtype=rows.dtype)
                 row_bytes = math.prod(header.shape[1:]) * header.dtype.itemsize
                 file.seek(self._offsets[key] + rows.start * row_bytes)
-                _read(file, header.dtype, out)
+                _read(file, header.dtype, out, scratch)
                 yield key, out.view(shape)
 
     def _mappable(self, key: str, dtype: torch.dtype) -> bool:
@@ -179,33 +178,6 @@ class SafetensorsFile:
         view = torch.empty(0, dtype=header.dtype)
         view.set_(storage, self._offsets[key] // header.dtype.itemsize, header.shape, _strides(header.shape))
         return view
-
-    def _load(self, key: str, out: Tensor) -> Tensor:
-        header = self.headers[key]
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(self._offsets[key])
-            _read(file, header.dtype, out)
-        return out.view(header.shape)
-
-
-def _allocate(sizes: Sequence[tuple[int, torch.dtype]]) -> list[Tensor]:
-    """Flat tensors side by side in one anonymous map, each with a storage of its own.
-
-    Against one ``torch.empty`` per tensor: no fragmentation between the readers' threads, and huge pages, which halve
-    the time that first touching the memory takes. The map is freed with the last of its tensors.
-    """
-    starts = [0]
-    for count, dtype in sizes:
-        starts.append(starts[-1] + -(-count * dtype.itemsize // ALIGNMENT) * ALIGNMENT)
-    if not starts[-1]:
-        return [torch.empty(count, dtype=dtype) for count, dtype in sizes]
-    memory = memory_map.mmap(-1, starts[-1])
-    if hasattr(memory_map, "MADV_HUGEPAGE"):
-        memory.madvise(memory_map.MADV_HUGEPAGE)
-    return [
-        torch.frombuffer(memory, dtype=dtype, count=count, offset=start) if count else torch.empty(0, dtype=dtype)
-        for (count, dtype), start in zip(sizes, starts[:-1], strict=True)
-    ]
 
 
 def _safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
@@ -230,15 +202,14 @@ def _safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
     return table, 8 + length
 
 
-def _read(file: Any, dtype: torch.dtype, out: Tensor) -> None:
+def _read(file: Any, dtype: torch.dtype, out: Tensor, scratch: Tensor) -> None:
     """Fill the flat ``out`` from the file's position, where ``dtype`` is stored, casting on the way."""
     if dtype == out.dtype:
         _fill(file, out)
         return
-    step = SCRATCH_BYTES // dtype.itemsize
-    scratch = torch.empty(min(step, out.numel()), dtype=dtype)
-    for part in out.split(step):
-        source = scratch[: part.numel()]
+    buffer = scratch.view(dtype)
+    for part in out.split(len(buffer)):
+        source = buffer[: part.numel()]
         _fill(file, source)
         part.copy_(source)
 
@@ -280,25 +251,38 @@ class TorchFile:
         total = sum(self.headers[key].nbytes for key in keys)
         # Pages of a map stay resident once read. Mapping the file anew every 1/16 drops them.
         limit = max(total // 16, 64 << 20) if self._mapped and not mmap else max(total, 1)
+        done = 0
         for group in _groups(keys, lambda key: self.headers[key].nbytes, limit):
             state, _ = self._open()
-            tensors = [state.pop(key).detach() for key in group]
-            if device.type != "cpu":
-                yield from ((key, t.to(device).to(wanted[key])) for key, t in zip(group, tensors, strict=True))
-                continue
-            new = [not (mmap and t.dtype == wanted[key]) for key, t in zip(group, tensors, strict=True)]
-            out = _allocate([(t.numel() if n else 0, wanted[k]) for k, t, n in zip(group, tensors, new, strict=True)])
-            for key, tensor, copy, to in zip(group, tensors, new, out, strict=True):
-                yield key, to.view(tensor.shape).copy_(tensor) if copy else tensor
+            size = sum(self.headers[key].nbytes for key in group)
+            _read_ahead(self.path, done, size)
+            done += size
+            for key in group:
+                tensor = state.pop(key).detach()
+                if device.type != "cpu":
+                    yield key, tensor.to(device).to(wanted[key])
+                else:
+                    keep = mmap and tensor.dtype == wanted[key]
+                    yield key, tensor if keep else tensor.to(wanted[key], copy=True)
 
     def read_rows(self, wanted: Mapping[str, Rows]) -> Iterator[tuple[str, Tensor]]:
         keys = [key for key in self.headers if key in wanted]
         # As above: mapping anew drops the pages that were read. They belong to the file and are shared by processes.
-        for group in _groups(keys, lambda key: self.headers[key].nbytes, ARENA_BYTES if self._mapped else 1 << 62):
+        for group in _groups(keys, lambda key: self.headers[key].nbytes, GROUP_BYTES if self._mapped else 1 << 62):
             state, _ = self._open()
             for key in group:
                 rows = wanted[key]
                 yield key, state[key].detach()[rows.start : rows.stop].to(rows.dtype, copy=True)
+
+
+def _read_ahead(path: Path, start: int, size: int) -> None:
+    """Have the kernel fetch a stretch of the file in one go: page faults would fetch it in small pieces.
+
+    ``start`` is a guess (tensors are stored in the order of their names, nearly always); a wrong one only costs time.
+    """
+    if hasattr(os, "posix_fadvise"):
+        with path.open("rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), start, size + SCRATCH_BYTES, os.POSIX_FADV_WILLNEED)
 
 
 def _unpickle(path: Path, mapped: bool) -> Any:
