@@ -381,9 +381,9 @@ def test_broken_notes_of_a_checkpoint(file, content, cli, quick, tmp_path):
     refuse(cli, tmp_path / "out", quick, "--prompt", "x", "--ckpt_dir", tmp_path / "ckpt")
 
 
-def test_several_processes_are_refused_plainly(cli, quick, tmp_path, monkeypatch):
+def test_half_of_a_launchers_environment_is_refused_plainly(cli, quick, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    refuse(cli, tmp_path / "out", quick, "--prompt", "x", words="start without torchrun")
+    refuse(cli, tmp_path / "out", quick, "--prompt", "x", words="start with torchrun")
 
 
 def test_what_can_never_fit_is_refused_before_loading(cli, quick, tmp_path, monkeypatch):

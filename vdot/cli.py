@@ -2,13 +2,17 @@
 
 import argparse
 import difflib
+import logging
 import secrets
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from tqdm import tqdm
 
 from vdot.checkpoints import CheckpointInfo, inspect_checkpoint
@@ -21,10 +25,13 @@ from vdot.memory import MemoryPlan, is_out_of_memory, plan_generation
 from vdot.models.attention import BACKENDS
 from vdot.models.presets import PRESETS
 from vdot.offload import offload_mode
-from vdot.pipeline import VdotPipeline, checkpoint_defaults, checkpoint_schedule, explain_out_of_memory
+from vdot.parallel.launch import Launch, arrange, connected, own_device
+from vdot.parallel.mesh import choose_sizes
+from vdot.parallel.state import Ranks, end_together
+from vdot.pipeline import VdotPipeline, VideoResult, checkpoint_defaults, checkpoint_schedule, explain_out_of_memory
 from vdot.record import check_overwrites, default_folder, fingerprint, settings_hash, writable, write_run
 from vdot.request import Prepared, Request, prepare
-from vdot.runtime import Stages, log, pick_device, pick_dtype, setup_logging, total_memory, world_size
+from vdot.runtime import Stages, log, pick_device, pick_dtype, setup_logging, total_memory
 from vdot.sampling import SOLVERS, FewStepSchedule
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,10 +70,11 @@ GROUPS: dict[str, dict[str, str]] = {
         "compile": "compile the transformer's blocks: slower first video, faster ones after",
         "offload_model": "false (all resident), true (one network at a time), block (one block at a time, 24 GB)",
         "t5_cpu": "run the text encoder on the CPU",
-        "t5_fsdp": "shard the text encoder over GPUs (no effect on one process)",
-        "dit_fsdp": "shard the transformer over GPUs (no effect on one process)",
-        "ulysses_size": "ranks that share the attention heads (1 on one process)",
-        "ring_size": "ranks that share the tokens (1 on one process)",
+        "t5_fsdp": "split the text encoder's weights over the processes (no effect on one)",
+        "dit_fsdp": "split the transformer's weights over the processes (no effect on one)",
+        "ulysses_size": "processes that share the attention heads (default: chosen from those that torchrun started)",
+        "ring_size": "processes that pass keys and values around; ulysses_size x ring_size processes make a video, and "
+        "with --jobs several such groups work at once",
     },
     "where it goes": {
         "save_dir": "folder of the results (default: results/<model>/<time>)",
@@ -184,10 +192,6 @@ def check_options(config: GenerateConfig) -> None:
     offload_mode(config.offload_model)
     if config.attention not in BACKENDS:
         raise ConfigError(f"unknown attention {config.attention!r}: choose one of {', '.join(BACKENDS)}")
-    if world_size() > 1:
-        raise ConfigError("sampling on several processes is not built yet: start without torchrun")
-    if config.ulysses_size != 1 or config.ring_size != 1:
-        raise ConfigError("ulysses_size and ring_size need several processes, which are not built yet: leave them out")
     if config.use_prompt_extend != "plain":
         raise ConfigError("prompt extension is not built yet: use --use_prompt_extend plain, or leave it out")
     if config.save_file and config.jobs:
@@ -226,13 +230,22 @@ def schedule_of(config: GenerateConfig, default: FewStepSchedule) -> FewStepSche
 
 
 @contextmanager
-def step_bar(steps: int) -> Iterator[Callable[..., None]]:
+def step_bar(steps: int, shown: bool = True) -> Iterator[Callable[..., None]]:
     """One progress bar for the steps, which appears with the first of them."""
     bars: list[tqdm] = []
 
     def on_step(step: int, *_: Any) -> None:
         if not bars:
-            bars.append(tqdm(total=steps, desc="sample", unit="step", leave=False, file=sys.stderr, disable=None))
+            bars.append(
+                tqdm(
+                    total=steps,
+                    desc="sample",
+                    unit="step",
+                    leave=False,
+                    file=sys.stderr,
+                    disable=None if shown else True,
+                )
+            )
         bars[0].update(step - bars[0].n)
 
     try:
@@ -245,47 +258,77 @@ def step_bar(steps: int) -> Iterator[Callable[..., None]]:
 def main(argv: Sequence[str] | None = None, prog: str = "vace_wan_inference.py") -> int:
     """Exit code: 0 done, 1 some jobs failed, 2 the request cannot be met (one sentence on stderr), 130 Ctrl-C."""
     setup_logging()
+    ranks = Ranks()
     try:
-        config = parse(sys.argv[1:] if argv is None else argv, prog)
-        check_options(config)
-        return _run(config)
+        with connected() as ranks:
+            if ranks.rank:
+                setup_logging(logging.CRITICAL)  # one process speaks; what goes wrong on another is said on stderr
+            return _run(sys.argv[1:] if argv is None else argv, prog, ranks)
     except VdotError as error:
-        sys.stderr.write(f"error: {one_line(error)}\n")
-        return error.exit_code
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted: nothing half-written is left\n")
-        return 130
+        return _stop(ranks, error, f"error: {one_line(error)}", error.exit_code)
+    except KeyboardInterrupt as error:
+        return _stop(ranks, error, "interrupted: nothing half-written is left", 130)
+    except Exception as error:
+        if ranks.world == 1:
+            raise
+        text = f"{traceback.format_exc()}error: rank {ranks.rank}: unexpected {type(error).__name__}: {one_line(error)}"
+        return _stop(ranks, error, text, 1)
 
 
-def _run(config: GenerateConfig) -> int:
-    path, why = find_checkpoint(config.ckpt_dir)
-    log.info("checkpoint %s (%s)", path, why)
-    if config.t5_fsdp or config.dit_fsdp:
+def _stop(ranks: Ranks, error: BaseException, message: str, code: int) -> int:
+    """Say once, whatever the number of processes, why nothing comes of this; ends the other processes too."""
+    if ranks.world > 1:
+        end_together(ranks, error, message, code)
+    sys.stderr.write(f"{message}\n")
+    return code
+
+
+def _run(argv: Sequence[str], prog: str, ranks: Ranks) -> int:
+    with ranks.agree():
+        config = parse(argv, prog)
+        check_options(config)
+        path, why = find_checkpoint(config.ckpt_dir)
+        log.info("checkpoint %s (%s)", path, why)
+        info = inspect_checkpoint(path)
+        check_model_name(config.model_name, info)
+        device = own_device(pick_device(config.device), Launch.from_environment())
+        sizes = _sizes(config, info, ranks.world)
+    arrange(ranks, device, *sizes)
+    if ranks.world > 1:
+        log.info("%d processes: %s", ranks.world, ranks.mesh.describe())
+    elif config.t5_fsdp or config.dit_fsdp:
         log.info("note  --t5_fsdp and --dit_fsdp have no effect on one process")
-    info = inspect_checkpoint(path)
-    check_model_name(config.model_name, info)
-    session = Session(config, path, info)
+    session = Session(config, path, info, device, ranks)
     if config.jobs is not None:
         return session.run_table(config.jobs)
-    prepared = session.prepare(config)
-    plan = session.describe(config, prepared)
-    if config.dry_run:
-        return 0
-    session.check_fit(plan)
-    folder = default_folder(path) if config.save_dir is None else Path(config.save_dir)
-    with writable(folder, fresh=config.save_dir is None) as folder:
-        video = Path(config.save_file) if config.save_file else folder / "out_video.mp4"
-        with writable(video.parent):
-            session.generate(config, folder, video, prepared, plan)
+    with ranks.agree():
+        prepared = session.prepare(config)
+        plan = session.describe(config, prepared)
+        if not config.dry_run:
+            session.check_fit(plan)
+    if not config.dry_run:
+        session.make_one(config, prepared, plan)
     return 0
+
+
+def _sizes(config: GenerateConfig, info: CheckpointInfo, world: int) -> tuple[int, int]:
+    """``(ulysses, ring)`` of this run."""
+    # Several videos at once need a whole model per process, unless its weights are split.
+    many = config.jobs is not None
+    together = config.dit_fsdp and config.ulysses_size is None and config.ring_size is None
+    heads = 40 if info.dit is None else info.dit.num_heads
+    per_node = Launch.from_environment().local_world
+    return choose_sizes(world, config.ulysses_size, config.ring_size, heads, per_node, many and not together)
 
 
 class Session:
     """One loaded model and the requests made of it."""
 
-    def __init__(self, config: GenerateConfig, path: Path, info: CheckpointInfo) -> None:
+    def __init__(
+        self, config: GenerateConfig, path: Path, info: CheckpointInfo, device: torch.device, ranks: Ranks
+    ) -> None:
         self.config, self.path, self.info = config, path, info
-        self.device = pick_device(config.device)
+        self.device, self.ranks = device, ranks
         self.dtype = pick_dtype(config.dtype, self.device)
         self.vae_dtype = self.dtype if config.vae_dtype is None else pick_dtype(config.vae_dtype, self.device)
         self.files = [file for part in info.parts.values() for file in part.files]
@@ -298,6 +341,9 @@ class Session:
         """Loaded on first use: a bad request costs no loading, a finished batch neither."""
         if self._pipeline is None:
             c = self.config
+            several: dict[str, Any] = {}
+            if self.ranks.world > 1:
+                several = {"t5_fsdp": c.t5_fsdp, "dit_fsdp": c.dit_fsdp, "ranks": self.ranks}
             with Stages(self.device)("load"):
                 self._pipeline = VdotPipeline.from_pretrained(
                     self.path,
@@ -308,6 +354,7 @@ class Session:
                     c.attention,
                     c.compile,
                     c.t5_cpu,
+                    **several,
                 )
         return self._pipeline
 
@@ -331,6 +378,11 @@ class Session:
             s.evaluations,
         )
         plan = self._plan(prepared.condition, s)
+        together = self.ranks.mesh.sequence.size
+        if together > 1:
+            split = {"transformer": config.dit_fsdp, "text": config.t5_fsdp}
+            plan = plan.shared(together, [network for network, on in split.items() if on])
+            log.info("on each of %d processes:", together)
         for line in plan.describe(offload_mode(config.offload_model), self.device.type == "cpu"):
             log.info("%s", line)
         return plan
@@ -349,18 +401,47 @@ class Session:
         mode, on_cpu = offload_mode(self.config.offload_model), self.device.type == "cpu"
         plan.check_fit(mode, total_memory(self.device), on_cpu)
 
+    def make_one(self, config: GenerateConfig, prepared: Prepared, plan: MemoryPlan) -> None:
+        """The video of the command line, where it says; the first process writes."""
+        folder = default_folder(self.path) if config.save_dir is None else Path(config.save_dir)
+        with ExitStack() as stack:
+            with self.ranks.agree():
+                if self.ranks.leads:
+                    folder = stack.enter_context(writable(folder, fresh=config.save_dir is None))
+                video = Path(config.save_file) if config.save_file else folder / "out_video.mp4"
+                if self.ranks.leads:
+                    stack.enter_context(writable(video.parent))
+            self.generate(config, folder, video, prepared, plan)
+
     def generate(self, config: GenerateConfig, folder: Path, video: Path, prepared: Prepared, plan: MemoryPlan) -> None:
         """One video and its record."""
-        request, schedule = request_of(config), self.schedule(config)
-        check_overwrites(config, folder, video)
+        with self.ranks.agree():
+            check_overwrites(config, folder, video)
+        request, schedule = self.ranks.share(request_of(config)), self.schedule(config)  # one seed for all
         try:
             pipeline = self.pipeline
-            with step_bar(schedule.steps) as on_step:
+            with step_bar(schedule.steps, shown=self.ranks.rank == 0) as on_step:
                 result = pipeline.generate(request, schedule, prepared, on_step)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
+                self._out_of_step(error)
                 raise
-            raise explain_out_of_memory(plan) from error
+            known = explain_out_of_memory(plan)
+            self._out_of_step(known)
+            raise known from error
+        with self.ranks.agree():
+            if self.ranks.leads:
+                self._write(result, config, folder, video, prepared)
+
+    def _out_of_step(self, error: Exception) -> None:
+        """A rank that broke off inside common work cannot go on with another video: the others wait for it."""
+        if self.ranks.control is not None:
+            code = getattr(error, "exit_code", 1)
+            end_together(self.ranks, error, f"error: rank {self.ranks.rank}: {one_line(error)}", code)
+
+    def _write(
+        self, result: VideoResult, config: GenerateConfig, folder: Path, video: Path, prepared: Prepared
+    ) -> None:
         checkpoint = {"path": str(self.path), "layout": self.info.layout, "fingerprint": self.fingerprint}
         resolved = {key: str(getattr(self, key)).removeprefix("torch.") for key in ("dtype", "vae_dtype")}
         record = write_run(result, config, folder, checkpoint, video, resolved)
@@ -371,19 +452,24 @@ class Session:
 
     def run_table(self, table: str) -> int:
         """All rows of a jobs file; 1 if any failed."""
-        jobs = read_jobs(table, self.config)
+        with self.ranks.agree():
+            jobs = read_jobs(table, self.config)
         folder = Path(self.config.save_dir or default_folder(self.path).with_name(Path(table).stem))
         if self.config.dry_run:
-            return self._describe_table(jobs)
+            return self._describe_table(jobs) if self.ranks.rank == 0 else 0
 
         def generate(config: GenerateConfig, video: Path) -> None:
-            prepared = self.prepare(config)
-            plan = self.describe(config, prepared)
-            self.check_fit(plan)
+            with self.ranks.agree():
+                prepared = self.prepare(config)
+                plan = self.describe(config, prepared)
+                self.check_fit(plan)
             self.generate(config, Path(config.save_dir or folder), video, prepared, plan)
 
-        with writable(folder):
-            outcomes = run_jobs(jobs, folder, generate, lambda config: settings_hash(config, self.fingerprint))
+        with writable(folder) if self.ranks.leads else nullcontext():
+            hashed = partial(settings_hash, checkpoint=self.fingerprint)
+            outcomes = run_jobs(jobs, folder, generate, hashed, self.ranks)
+        if self.ranks.rank:
+            return 0
         for line in summary(outcomes):
             log.info("%s", line)
         return 1 if any(outcome.status == "failed" for outcome in outcomes) else 0

@@ -53,8 +53,8 @@ class GenerateConfig:
     t5_cpu: bool = False
     t5_fsdp: bool = False
     dit_fsdp: bool = False
-    ulysses_size: int = 1
-    ring_size: int = 1
+    ulysses_size: int | None = None  # ranks that share the heads; None: chosen
+    ring_size: int | None = None
     # where it goes
     save_dir: str | None = None
     save_file: str | None = None

@@ -7,12 +7,13 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vdot.config import GenerateConfig, merge_config
 from vdot.errors import ConfigError, InputError, VdotError, one_line
+from vdot.parallel.state import Queue, Ranks
 from vdot.record import file_hash
 from vdot.request import reference_list
 from vdot.runtime import log
@@ -160,22 +161,26 @@ def run_jobs(
     folder: Path,
     generate: Callable[[GenerateConfig, Path], None],
     fingerprint: Callable[[GenerateConfig], str],
+    ranks: Ranks | None = None,
 ) -> list[Outcome]:
     """Run each job through ``generate(config, video_path)``, which writes ``<id>.mp4`` and then ``<id>/run.json``.
 
     A job whose video and record are there with the same settings is skipped; anything else is made anew. An error
-    ends its own job only; Ctrl-C ends the batch.
+    ends its own job only; Ctrl-C ends the batch. Each group of ``ranks`` takes the next job when it is free; the first
+    rank gets all outcomes, in the order of the table, the others an empty list.
     """
-    remove_leftovers(folder)
-    outcomes = []
-    for number, job in enumerate(jobs, start=1):
-        log.info("job %d of %d: %s", number, len(jobs), job.id)
-        start = time.perf_counter()
-        status, message = _run_one(job, folder, generate, fingerprint)
+    ranks = ranks or Ranks()
+    if ranks.rank == 0:
+        remove_leftovers(folder)
+    queue = Queue(ranks, len(jobs))
+    for index in queue:
+        job, start = jobs[index], time.perf_counter()
+        log.info("job %d of %d: %s", index + 1, len(jobs), job.id)
+        status, message = _run_one(job, folder, generate, fingerprint, ranks)
         if status == "failed":
             log.error("  failed: %s", message)
-        outcomes.append(Outcome(job.id, status, time.perf_counter() - start, message))
-    return outcomes
+        queue.report(index, asdict(Outcome(job.id, status, time.perf_counter() - start, message)))
+    return [Outcome(**outcome) for outcome in queue.collect()]
 
 
 def _run_one(
@@ -183,14 +188,16 @@ def _run_one(
     folder: Path,
     generate: Callable[[GenerateConfig, Path], None],
     fingerprint: Callable[[GenerateConfig], str],
+    ranks: Ranks,
 ) -> tuple[str, str]:
     if job.config is None:
         return "failed", job.error or "bad row"
     video, own = folder / f"{job.id}.mp4", folder / job.id
-    if is_finished(video, own / "run.json", fingerprint(job.config)):
+    # One rank looks at the disk for its group.
+    if ranks.share(ranks.leads and is_finished(video, own / "run.json", fingerprint(job.config))):
         return "skipped", "already done with these settings"
     try:
-        if own.is_dir():
+        if ranks.leads and own.is_dir():
             remove_leftovers(own)
         generate(replace(job.config, save_dir=str(own)), video)
     except VdotError as error:

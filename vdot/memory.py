@@ -6,7 +6,7 @@ are counted on the autoencoder's first steps and continued in a straight line.
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -62,6 +62,18 @@ class MemoryPlan:
     @property
     def flops(self) -> float:
         return sum(stage.flops for stage in self.stages)
+
+    def shared(self, ranks: int, sharded: Collection[str]) -> "MemoryPlan":
+        """What one of ``ranks`` holds when they make a video together; ``sharded`` networks are split by blocks."""
+
+        def part(stage: StageCount) -> StageCount:
+            weights = stage.weights
+            if stage.network in sharded:  # one block is gathered while the next one arrives
+                weights = weights // ranks + 2 * stage.largest_block
+            activations = stage.activations if stage.network == "text" else stage.activations // ranks
+            return replace(stage, weights=weights, activations=activations, flops=stage.flops / ranks)
+
+        return replace(self, stages=tuple(part(stage) for stage in self.stages))
 
     def peak(self, mode: str) -> int:
         """Bytes on the device for ``--offload_model mode``."""

@@ -12,6 +12,7 @@ from torch import nn
 
 from vdot.errors import ConfigError
 from vdot.memory import OFFLOAD_MODES
+from vdot.parallel.shard import is_sharded
 
 HOST = torch.device("cpu")
 
@@ -32,7 +33,9 @@ class Placement:
         self.mode = "false" if device.type == "cpu" else offload_mode(mode)
 
     def install(self, module: nn.Module, by_blocks: bool = True) -> None:
-        """Called once per network after loading into host memory."""
+        """Called once per network after loading into host memory. Shards are moved by FSDP itself."""
+        if is_sharded(module):
+            return
         if self.mode == "false":
             module.to(self.device)
         elif self.mode == "block" and by_blocks:
@@ -41,7 +44,7 @@ class Placement:
     @contextmanager
     def use(self, module: nn.Module) -> Iterator[None]:
         """Have ``module`` on the device inside the block; a no-op when it is resident or comes block by block."""
-        whole = self.mode != "false" and not getattr(module, "_vdot_by_blocks", False)
+        whole = self.mode != "false" and not getattr(module, "_vdot_by_blocks", False) and not is_sharded(module)
         if whole:
             module.to(self.device)
         try:

@@ -20,8 +20,12 @@ from vdot.models.text_encoder import UMT5TextEncoder
 from vdot.models.vace import VaceDiT
 from vdot.models.vae import WanVAE
 from vdot.offload import HOST, Placement, offload_mode
+from vdot.parallel.shard import Fsdp, is_sharded
+from vdot.parallel.state import Ranks
+from vdot.parallel.ulysses import parallelize
+from vdot.parallel.vae import SharedVAE
 from vdot.request import Defaults, Media, Prepared, Request, prepare
-from vdot.runtime import Stages, pick_device, pick_dtype
+from vdot.runtime import Stages, pick_device, pick_dtype, start_aside
 from vdot.sampling import VACE_SCHEDULE, VDOT_SCHEDULE, FewStepSchedule, draw_noise, sample
 from vdot.video import from_model, write_video
 
@@ -62,15 +66,17 @@ class VdotPipeline:
     def __init__(
         self,
         dit: VaceDiT,
-        text_encoder: UMT5TextEncoder,
+        text_encoder: UMT5TextEncoder | None,
         vae: WanVAE,
         schedule: FewStepSchedule | None = None,
         defaults: Defaults | None = None,
         device: str | torch.device | None = None,
         offload: str = "false",
         t5_cpu: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
-        self.dit, self.text_encoder, self.vae = dit.eval(), text_encoder.eval(), vae.eval()
+        self.dit, self.text_encoder, self.vae = dit.eval(), text_encoder, vae.eval()
+        self.ranks = ranks or Ranks()
         self.schedule = schedule or FewStepSchedule()
         self.defaults = defaults or Defaults()
         self.device = device if isinstance(device, torch.device) else pick_device(device)
@@ -78,11 +84,15 @@ class VdotPipeline:
         self.text_placement = Placement(HOST, "false") if t5_cpu else self.placement
         self._prompts: OrderedDict[str, tuple[Tensor, int]] = OrderedDict()
         self._contexts: OrderedDict[bytes, Tensor] = OrderedDict()
-        for module in (dit, text_encoder, vae):
+        for module in (dit, vae):
             module.requires_grad_(False)
         self.placement.install(dit)
-        self.text_placement.install(text_encoder)
+        if text_encoder is not None:
+            self.text_placement.install(text_encoder.eval().requires_grad_(False))
         self.placement.install(vae, by_blocks=False)
+        parallelize(dit, self.ranks.mesh)
+        group = self.ranks.mesh.sequence
+        self.shared_vae = SharedVAE(vae, group) if group.size > 1 else None
 
     @classmethod
     def from_pretrained(
@@ -95,6 +105,9 @@ class VdotPipeline:
         attention: str = "sdpa",
         compile: bool = False,
         t5_cpu: bool = False,
+        t5_fsdp: bool = False,
+        dit_fsdp: bool = False,
+        ranks: Ranks | None = None,
     ) -> "VdotPipeline":
         """Load any published or exported checkpoint folder.
 
@@ -106,31 +119,40 @@ class VdotPipeline:
             offload: "false" (all resident), "true" (one network at a time) or "block" (one block at a time).
             attention: backend name, see ``vdot.models.attention``.
             compile: compile the transformer's blocks; pays off from the second video on.
+            t5_fsdp, dit_fsdp: split the network's weights over the ranks; alone, nothing.
+            ranks: the processes that make each video together (``vdot.parallel.launch``); all call alike.
 
         Raises:
             CheckpointError, ConfigError, MissingDependencyError: one sentence each.
         """
         place = device if isinstance(device, torch.device) else pick_device(device)
-        info = inspect_checkpoint(path)
-        precision = pick_dtype(dtype, place)
-        start = place if offload_mode(offload) == "false" else HOST
-        try:
-            attention_backend(attention)  # before gigabytes are read
-        except ImportError as error:
-            raise MissingDependencyError(str(error)) from error
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-        dit = load_dit(path, dtype=precision, device=start)
-        set_attention_backend(dit, attention)
-        if compile:
-            for block in (*dit.blocks, *dit.vace_blocks):
-                block.compile()
-        text_encoder = load_text_encoder(path, dtype=precision, device=HOST if t5_cpu else start)
-        if text_encoder.dim != dit.config.text_dim:
-            want, got = dit.config.text_dim, text_encoder.dim
-            raise CheckpointError(f"{path}: the transformer takes text of width {want}, its text encoder makes {got}")
-        vae = load_vae(path, dtype=precision if vae_dtype is None else pick_dtype(vae_dtype, place), device=start)
-        return cls(dit, text_encoder, vae, checkpoint_schedule(info), checkpoint_defaults(info), place, offload, t5_cpu)
+        ranks = ranks or Ranks()
+        with ranks.agree():
+            info = inspect_checkpoint(path)
+            precision = pick_dtype(dtype, place)
+            start = place if offload_mode(offload) == "false" else HOST
+            try:
+                attention_backend(attention)  # before gigabytes are read
+            except ImportError as error:
+                raise MissingDependencyError(str(error)) from error
+            except ValueError as error:
+                raise ConfigError(str(error)) from error
+            split = _sharder(ranks, offload) if dit_fsdp else None
+            dit = load_dit(path, dtype=precision, device=place if split else start, sharder=split)
+            set_attention_backend(dit, attention)
+            if compile:
+                for block in (*dit.blocks, *dit.vace_blocks):
+                    block.compile()
+            text_encoder = None
+            if ranks.leads or t5_fsdp:  # one rank embeds the prompts for all, unless each holds a part
+                split = _sharder(ranks, offload, on_host=t5_cpu) if t5_fsdp else None
+                home = HOST if t5_cpu else place if split else start
+                text_encoder = load_text_encoder(path, dtype=precision, device=home, sharder=split)
+                _check_width(path, dit, text_encoder)
+            vae_type = precision if vae_dtype is None else pick_dtype(vae_dtype, place)
+            vae = load_vae(path, dtype=vae_type, device=start)
+        schedule, defaults = checkpoint_schedule(info), checkpoint_defaults(info)
+        return cls(dit, text_encoder, vae, schedule, defaults, place, offload, t5_cpu, ranks)
 
     # -- generating ----------------------------------------------------------------------------------------------
 
@@ -203,7 +225,10 @@ class VdotPipeline:
         prepared: Prepared | None = None,
         on_step: Progress | None = None,
     ) -> VideoResult:
-        """As :meth:`__call__`, of a :class:`Request`; ``prepared`` if it was prepared before (to show its plan)."""
+        """As :meth:`__call__`, of a :class:`Request`; ``prepared`` if it was prepared before (to show its plan).
+
+        With several ranks every one of them calls alike, and the first one's result has the frames.
+        """
         schedule = schedule or self.schedule
         stages = Stages(self.device)
         if prepared is None:
@@ -214,9 +239,10 @@ class VdotPipeline:
             if schedule.guided:
                 negative = request.negative_prompt
                 prompts.append(self.defaults.negative_prompt if negative is None else negative)
-            texts = self._encode_prompts(prompts)
+            texts_ready = self._encode_prompts(prompts)
         with stages("encode condition"):
             context = self._encode_condition(prepared.condition)
+            texts = texts_ready()
         with stages("sample"):
             latents = self._sample(texts, context, prepared.condition, request, schedule, on_step)
         if not latents.isfinite().all():
@@ -227,7 +253,8 @@ class VdotPipeline:
         latents = latents[:, :, len(prepared.condition.references) :]
         with stages("decode"):
             frames = self._decode(latents)[: prepared.frame_num]
-        frames = self._composite(frames, prepared, request)
+        if self.ranks.leads:
+            frames = self._composite(frames, prepared, request)
         audio, notes = self._audio(request, prepared)
         return VideoResult(
             frames,
@@ -241,22 +268,46 @@ class VdotPipeline:
             (*prepared.notes, *notes),
         )
 
-    def _encode_prompts(self, prompts: list[str]) -> list[tuple[Tensor, int]]:
+    def _encode_prompts(self, prompts: list[str]) -> Callable[[], list[tuple[Tensor, int]]]:
+        """Begin to embed what is not remembered; the function returned waits for it, and is called on every rank."""
         missing = [p for p in dict.fromkeys(prompts) if p not in self._prompts]
-        if missing:
-            with self.text_placement.use(self.text_encoder):
-                embedded, lengths = self.text_encoder(missing)
-            for prompt, rows, length in zip(missing, embedded, lengths.tolist(), strict=True):
-                self._prompts[prompt] = (rows[None].to(self.device), length)
-        texts = [self._prompts[p] for p in prompts]
-        _forget_oldest(self._prompts)
+        aside = self.text_placement.device != self.device  # the host embeds while the device encodes the condition
+        begun = start_aside(self._embed, missing, aside=aside) if missing else None
+
+        def texts() -> list[tuple[Tensor, int]]:
+            if begun is not None:
+                embedded = begun()
+                if self.ranks.control is not None and not self._embeds_everywhere:
+                    embedded = self.ranks.share(embedded)
+                self._prompts.update(
+                    {p: (rows.to(self.device), length) for p, (rows, length) in zip(missing, embedded, strict=True)}
+                )
+            found = [self._prompts[p] for p in prompts]
+            _forget_oldest(self._prompts)
+            return found
+
         return texts
+
+    @property
+    def _embeds_everywhere(self) -> bool:
+        """Whether the text encoder is split over the ranks: then all of them run it, and all get the result."""
+        return self.text_encoder is not None and is_sharded(self.text_encoder)
+
+    def _embed(self, prompts: list[str]) -> list[tuple[Tensor, int]]:
+        """``[1, length, C]`` and length of each prompt, on the first rank or on all that hold a part of the encoder."""
+        if self.text_encoder is None:
+            return []
+        with self.text_placement.use(self.text_encoder):
+            embedded, lengths = self.text_encoder(prompts)
+        rows = [(row[None, :length], length) for row, length in zip(embedded, lengths.tolist(), strict=True)]
+        return rows if self.ranks.control is None else [(row.cpu(), length) for row, length in rows]
 
     def _encode_condition(self, condition: Condition) -> Tensor:
         key = _digest(condition)
         if key not in self._contexts:
             with self.placement.use(self.vae):
-                self._contexts[key] = encode_context(self.vae, condition, self.device)
+                together = None if self.shared_vae is None else self.shared_vae.encode_clips
+                self._contexts[key] = encode_context(self.vae, condition, self.device, together)
         context = self._contexts[key]
         _forget_oldest(self._contexts)
         return context
@@ -291,7 +342,12 @@ class VdotPipeline:
     def _decode(self, latents: Tensor) -> np.ndarray:
         """``[1, 16, F, h, w]`` -> uint8 ``[T, H, W, 3]``, converted as it is decoded: no float video is ever held."""
         with self.placement.use(self.vae):
-            return np.concatenate([from_model(piece[0].cpu()) for piece in self.vae.decode_stream(latents)])
+            if self.shared_vae is None:
+                return np.concatenate([from_model(piece[0].cpu()) for piece in self.vae.decode_stream(latents)])
+            video = self.shared_vae.decode(latents, _to_bytes)
+        if video is None:  # the first rank has it
+            return np.empty((0, 8 * latents.shape[-2], 8 * latents.shape[-1], 3), np.uint8)
+        return video[0].permute(1, 2, 3, 0).cpu().numpy()
 
     @staticmethod
     def _composite(frames: np.ndarray, prepared: Prepared, request: Request) -> np.ndarray:
@@ -311,6 +367,23 @@ class VdotPipeline:
         if not prepared.plan.keeps_timing:
             return None, ("the sound of the source is left out: the result does not play at its speed",)
         return str(request.src_video), ("the sound of the source is carried over",)
+
+
+def _sharder(ranks: Ranks, offload: str, on_host: bool = False) -> Fsdp | None:
+    """Splits weights over the ranks that make a video together; None for one alone."""
+    mesh = ranks.mesh.host_mesh if on_host else ranks.mesh.device_mesh
+    return None if mesh is None or ranks.mesh.sequence.size == 1 else Fsdp(mesh, offload_mode(offload) != "false")
+
+
+def _check_width(path: str | Path, dit: VaceDiT, text_encoder: UMT5TextEncoder) -> None:
+    if text_encoder.dim != dit.config.text_dim:
+        want, got = dit.config.text_dim, text_encoder.dim
+        raise CheckpointError(f"{path}: the transformer takes text of width {want}, its text encoder makes {got}")
+
+
+def _to_bytes(piece: Tensor) -> Tensor:
+    """Pixels in [-1, 1] to uint8, as :func:`vdot.video.from_model` does, where they are."""
+    return ((piece.nan_to_num(nan=-1.0) + 1) * 127.5).round().to(torch.uint8)
 
 
 def _forget_oldest(cache: OrderedDict[Any, Any]) -> None:

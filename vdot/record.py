@@ -26,7 +26,7 @@ from vdot.video import write_image, write_video
 from vdot.video.output import atomic_path, missing_folders
 
 # Where results go and what they are made of in memory do not change what is generated.
-NOT_RECORDED = ("save_dir", "save_file", "jobs", "dry_run")
+NOT_RECORDED = ("save_dir", "save_file", "jobs", "dry_run", "ulysses_size", "ring_size")
 NOT_SETTINGS = (*NOT_RECORDED, "offload_model", "t5_fsdp", "dit_fsdp", "model_name")
 _OUTPUT_NAMES = r"(out_video|src_video|src_mask)\.mp4|src_ref_image_\d+\.png"
 EDGE = 2**20  # bytes hashed at each end of a weight file; also what a disk must take before work begins

@@ -2,11 +2,12 @@
 
 import io
 import logging
-import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -14,6 +15,7 @@ import torch
 from vdot.errors import ConfigError
 
 log = logging.getLogger("vdot")
+T = TypeVar("T")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -70,10 +72,15 @@ def pick_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dt
     return DTYPES[name]
 
 
-def world_size() -> int:
-    """Processes that torchrun started, 1 without it."""
-    value = os.environ.get("WORLD_SIZE", "1")
-    return int(value) if value.isdecimal() else 1
+def start_aside(function: Callable[..., T], *args: Any, aside: bool = True) -> Callable[[], T]:
+    """Begin a call in a thread (``aside``), or make it at once; the function returned gives its result or error."""
+    if not aside:
+        done = function(*args)
+        return lambda: done
+    pool = ThreadPoolExecutor(1)
+    future = pool.submit(function, *args)
+    pool.shutdown(wait=False)
+    return future.result
 
 
 class Stages:

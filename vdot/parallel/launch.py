@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from vdot.errors import ConfigError
-from vdot.parallel.mesh import Mesh, choose_sizes, make_mesh
+from vdot.parallel.mesh import Mesh, make_mesh
 from vdot.parallel.state import Ranks, Watchdog
 
 # The watchdog finds lost ranks within seconds; this bounds what it cannot see, ranks that wait for each other.
@@ -32,6 +32,8 @@ class Launch:
         keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         values = [os.environ.get(key, "") for key in keys]
         if not all(value.isdecimal() for value in values[:2]):
+            if values[1] not in ("", "1"):
+                raise ConfigError(f"WORLD_SIZE is {values[1]} but RANK is not set: start with torchrun, or unset both")
             return cls()
         rank, world = int(values[0]), int(values[1])
         return cls(rank, world, int(values[2] or 0), int(values[3] or world))
@@ -52,35 +54,32 @@ def own_device(device: torch.device, launch: Launch) -> torch.device:
 
 
 @contextmanager
-def start_ranks(
-    device: torch.device,
-    ulysses: int | None = None,
-    ring: int | None = None,
-    heads: int = 40,
-    many_videos: bool = False,
-) -> Iterator[Ranks]:
-    """Connect the processes that torchrun started; ``device`` is this one's own. Alone: nothing is connected.
+def connected() -> Iterator[Ranks]:
+    """The processes that torchrun started, able to agree on errors; alone, nothing is connected.
 
-    Raises:
-        ConfigError: sizes that do not make up the number of processes; on all of them alike.
+    Leave the block normally only if this rank did well; otherwise call :func:`vdot.parallel.state.end_together`.
     """
     launch = Launch.from_environment()
-    sizes = choose_sizes(launch.world, ulysses, ring, heads, launch.local_world, many_videos)
     if launch.world == 1:
         yield Ranks()
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=TIMEOUT)
+    gpu = torch.cuda.is_available() and launch.local_world <= torch.cuda.device_count()
+    if gpu:
+        torch.cuda.set_device(launch.local_rank)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=TIMEOUT)
     watchdog = Watchdog(launch.rank, launch.world)
     watchdog.start()
-    mesh = make_mesh(device.type, *sizes)
-    ranks = Ranks(mesh, launch.rank, launch.world, control_group(mesh), watchdog)
-    yield ranks
-    # Only a rank that did well gets here; one that failed has reported, and ends without waiting for anyone.
+    everyone = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    yield Ranks(Mesh(), launch.rank, launch.world, everyone, watchdog)
     watchdog.finish()
     dist.destroy_process_group()
+
+
+def arrange(ranks: Ranks, device: torch.device, ulysses: int, ring: int) -> None:
+    """Lay the connected processes out as videos x ring x ulysses. All call alike."""
+    if ranks.world > 1:
+        ranks.mesh = make_mesh(device.type, ulysses, ring)
+        ranks.control = control_group(ranks.mesh)
 
 
 def control_group(mesh: Mesh) -> Any:

@@ -53,6 +53,7 @@ class Mesh:
     ulysses: Group = field(default_factory=Group)
     sequence: Group = field(default_factory=Group)
     device_mesh: DeviceMesh | None = field(default=None, repr=False)  # of ``sequence``, for FSDP
+    host_mesh: DeviceMesh | None = field(default=None, repr=False)  # the same ranks' CPUs
 
     def describe(self) -> str:
         each = f"ulysses {self.ulysses.size} x ring {self.ring.size}"
@@ -85,6 +86,11 @@ def choose_sizes(
         other = 1 if many_videos else max(1, world // given)
         ulysses, ring = (given, other) if ring is None else (other, given)
     if world % (ulysses * ring) or (ulysses * ring != world and not many_videos):
+        if world == 1:
+            raise ConfigError(
+                f"ulysses_size {ulysses} and ring_size {ring} need several processes: start with "
+                f"torchrun --nproc_per_node={ulysses * ring}, or leave both out"
+            )
         need = "must divide" if many_videos else "must be"
         raise ConfigError(
             f"ulysses_size {ulysses} x ring_size {ring} = {ulysses * ring} {need} the number of processes, {world}: "
@@ -109,7 +115,9 @@ def make_mesh(device_type: str, ulysses: int, ring: int) -> Mesh:
     world = dist.get_world_size()
     videos = world // (ulysses * ring)
     fine = init_device_mesh(device_type, (videos, ring, ulysses), mesh_dim_names=("videos", "ring", "ulysses"))
-    coarse = init_device_mesh(device_type, (videos, ring * ulysses), mesh_dim_names=("videos", "sequence"))
+    flat = (videos, ring * ulysses)
+    coarse = init_device_mesh(device_type, flat, mesh_dim_names=("videos", "sequence"))
+    host = coarse if device_type == "cpu" else init_device_mesh("cpu", flat, mesh_dim_names=("videos", "sequence"))
 
     def group(mesh: DeviceMesh, name: str) -> Group:
         part = mesh[name]
@@ -122,4 +130,5 @@ def make_mesh(device_type: str, ulysses: int, ring: int) -> Mesh:
         group(fine, "ulysses"),
         group(coarse, "sequence"),
         coarse["sequence"],
+        host["sequence"],
     )

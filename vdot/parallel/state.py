@@ -5,6 +5,7 @@ watchdog thread with its own connection to the launcher's store: it beats, watch
 within a second when any rank has failed, even while the main thread is stuck in a collective.
 """
 
+import json
 import os
 import select
 import signal
@@ -13,9 +14,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import psutil
 import torch.distributed as dist
@@ -41,8 +42,8 @@ class OtherRankFailed(VdotError):
 class Ranks:
     """This process among the others; the default is a process alone, for which every method is free.
 
-    ``control`` is a gloo group of the ranks that make one video together; sizes, errors and other small objects go
-    through it, so that they need no accelerator.
+    ``control`` is a gloo group of the ranks that make one video together (of all, until they are arranged); errors
+    and other small objects go through it, so that they need no accelerator.
     """
 
     mesh: Mesh = field(default_factory=Mesh)
@@ -84,7 +85,7 @@ class Ranks:
         """``value`` of every rank of the group."""
         if self.control is None:
             return [value]
-        values: list[Any] = [None] * self.mesh.sequence.size
+        values: list[Any] = [None] * dist.get_world_size(self.control)
         dist.all_gather_object(values, value, group=self.control)
         return values
 
@@ -95,10 +96,6 @@ class Ranks:
         values = [value]
         dist.broadcast_object_list(values, dist.get_global_rank(self.control, source), group=self.control)
         return values[0]
-
-    def describe(self, message: str) -> str:
-        """``message`` with the rank that says it, where there are several."""
-        return message if self.world == 1 else f"rank {self.rank}: {message}"
 
 
 class Board:
@@ -119,6 +116,49 @@ class Board:
     def count(self, key: str) -> int:
         """One more than the number of calls before, over all processes."""
         return self.store.add(key, 1)
+
+
+class Queue:
+    """Numbers ``0 .. count - 1``, each for the group of ranks that is free first, and what came of them.
+
+    All ranks of a group see the same numbers.
+    """
+
+    def __init__(self, ranks: Ranks, count: int) -> None:
+        self.ranks, self.count = ranks, count
+        self.board = Board("vdot-queue") if ranks.world > 1 else None
+        self.results: dict[int, Any] = {}
+        self._taken = 0
+
+    def __iter__(self) -> Iterator[int]:
+        while (index := self.ranks.share(self._next() if self.ranks.leads else 0)) < self.count:
+            yield index
+
+    def _next(self) -> int:
+        self._taken = self._taken + 1 if self.board is None else self.board.count("taken")
+        return self._taken - 1
+
+    def report(self, index: int, result: Any) -> None:
+        """Keep a JSON-like result of one number, for the first rank to collect."""
+        if self.board is None:
+            self.results[index] = result
+        elif self.ranks.leads:
+            self.board.write(f"result/{index}", json.dumps(result))
+
+    def collect(self) -> list[Any]:
+        """All results in order, on the first rank once all groups are done; nothing on the others."""
+        if self.board is None:
+            return [self.results[index] for index in range(self.count)]
+        if self.ranks.rank:
+            return []
+        results: list[Any] = []
+        while len(results) < self.count:  # the watchdog ends the wait if a rank is lost
+            text = self.board.read(f"result/{len(results)}")
+            if text is None:
+                time.sleep(BEAT)
+            else:
+                results.append(json.loads(text))
+        return results
 
 
 class Watchdog(threading.Thread):
@@ -210,7 +250,8 @@ class Watchdog(threading.Thread):
     def _say(self, message: str, code: int) -> None:
         """Write one line to stderr, unless another rank already has."""
         if self.board.count("failures") == 1:
-            os.write(2, (message + "\n").encode(errors="replace"))
+            with suppress(OSError):  # nobody listens any more
+                os.write(2, (message + "\n").encode(errors="replace"))
         self.board.write("failed", str(code))
 
     def report(self, message: str, code: int) -> None:
@@ -232,16 +273,17 @@ def _alive(pid: int) -> bool:
         return False
 
 
-def end_together(ranks: Ranks, error: BaseException, message: str, code: int) -> int:
-    """Called with what ended this rank's work: report it once for all ranks. Returns the exit code.
+def end_together(ranks: Ranks, error: BaseException, message: str, code: int) -> NoReturn:
+    """End every process because of ``error`` on this one: one message on stderr, ``code`` as the exit code.
 
     A foreign error may be the echo of another rank's death (a connection that closed): the watchdogs get a moment to
-    find out, and end this process if so.
+    find out, and end this process if so. Nothing is torn down: that would wait for ranks that are gone.
     """
-    if isinstance(error, OtherRankFailed) or ranks.watchdog is None:
-        return code
-    if not isinstance(error, VdotError):
-        time.sleep(SETTLE)
+    assert ranks.watchdog is not None
     sys.stdout.flush()
+    if isinstance(error, OtherRankFailed):
+        time.sleep(PATIENCE)  # the watchdog ends this process as soon as the other has spoken
+    if not isinstance(error, VdotError | KeyboardInterrupt):
+        time.sleep(SETTLE)
     ranks.watchdog.report(message, code)
-    return code
+    os._exit(code)

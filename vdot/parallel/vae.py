@@ -113,12 +113,13 @@ class SharedVAE:
             if value is not None:
                 key = value, clips[i].shape
                 if key not in constants:
-                    constants[key] = self._encode_constant(*key, owner=len(constants) % self.group.size)
+                    constants[key] = self._encode_constant(*key, owner=-1 - len(constants) % self.group.size)
                 found[i] = constants[key]
         return [found[i] for i in range(len(clips))]
 
     def _encode_constant(self, value: float, size: torch.Size, owner: int) -> Tensor:
-        """By rank ``owner`` alone, then to all."""
+        """By rank ``owner`` alone, counted from the last (the first embeds the prompt meanwhile), then to all."""
+        owner %= self.group.size
         shape = (self.vae.latent_channels, (size[1] + 3) // 4, size[2] // 8, size[3] // 8)
         mine = torch.empty(0, device=self.vae.device)
         if self.group.rank == owner:
