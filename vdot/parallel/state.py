@@ -223,6 +223,7 @@ class Watchdog(threading.Thread):
             reason = None if other == self.rank else self._lost(other, terminated)
             if reason is not None:
                 self._say(f"error: rank {other} {reason}", 1)
+                self._kill(other)
                 os._exit(1)
         if terminated:
             os._exit(128 + signal.SIGTERM)
@@ -246,6 +247,13 @@ class Watchdog(threading.Thread):
         if silent < self.patience:
             return None
         return f"(process {pid} on {host}) has not answered for {silent:.0f} s; all others end too"
+
+    def _kill(self, other: int) -> None:
+        """A stopped process of this run is deaf to the launcher's SIGTERM, which would be waited for."""
+        host, pid = (self.board.read(f"process/{other}") or ":0").rsplit(":", 1)
+        if host == socket.gethostname() and int(pid) > 0:
+            with suppress(OSError):
+                os.kill(int(pid), signal.SIGKILL)
 
     def _say(self, message: str, code: int) -> None:
         """Write one line to stderr, unless another rank already has."""
