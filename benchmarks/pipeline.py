@@ -142,6 +142,13 @@ def our_call(networks: Networks, request: Request) -> tuple[VdotPipeline, Callab
     return pipe, call
 
 
+def library_vae(vae: WanVAE) -> AutoencoderKLWan:
+    """The library's own autoencoder with the same weights: WanVAE swaps layer classes in the one it is given."""
+    model = AutoencoderKLWan.from_config(vae.model.config).to(vae.dtype)
+    model.load_state_dict(vae.model.state_dict())
+    return model.eval().to(vae.device)
+
+
 def their_call(networks: Networks, request: Request, dtype: torch.dtype) -> tuple[Any, Callable[..., np.ndarray]]:
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=8.0)
     set_timesteps = scheduler.set_timesteps
@@ -156,7 +163,7 @@ def their_call(networks: Networks, request: Request, dtype: torch.dtype) -> tupl
     pipe: Any = WanVACEPipeline(
         tokenizer=networks.text.tokenizer,
         text_encoder=networks.text.model,
-        vae=networks.vae.model,
+        vae=library_vae(networks.vae),
         scheduler=scheduler,
         transformer=library_dit(networks.dit, dtype),
     )

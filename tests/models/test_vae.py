@@ -31,16 +31,23 @@ def vae() -> WanVAE:
     return build(6)
 
 
+def library(vae: WanVAE) -> AutoencoderKLWan:
+    """The library's own autoencoder with these weights: WanVAE swaps layer classes in the one it is given."""
+    model = AutoencoderKLWan.from_config(vae.model.config).to(vae.dtype)
+    model.load_state_dict(vae.model.state_dict())
+    return model.eval()
+
+
 def library_encode(vae: WanVAE, video: torch.Tensor) -> torch.Tensor:
     config = vae.model.config
     mean, std = (torch.tensor(x).view(1, -1, 1, 1, 1) for x in (config.latents_mean, config.latents_std))
-    return (vae.model.encode(video).latent_dist.mode() - mean) / std
+    return (library(vae).encode(video).latent_dist.mode() - mean) / std
 
 
 def library_decode(vae: WanVAE, latents: torch.Tensor) -> torch.Tensor:
     config = vae.model.config
     mean, std = (torch.tensor(x).view(1, -1, 1, 1, 1) for x in (config.latents_mean, config.latents_std))
-    return vae.model.decode(latents * std + mean).sample
+    return library(vae).decode(latents * std + mean).sample
 
 
 def random_video(*shape: int) -> torch.Tensor:
