@@ -38,10 +38,14 @@ class Group:
         """Send flat ``parts[i]`` to rank i and return the flat tensors of ``sizes[i]`` elements that came from it."""
         if self.process_group is None:
             return list(parts)
-        out = parts[0].new_empty(sum(sizes))
         sent = [part.numel() for part in parts]
-        dist.all_to_all_single(out, torch.cat(list(parts)), list(sizes), sent, group=self.process_group)
-        return list(out.split(list(sizes)))
+        return list(self.all_to_all(torch.cat(list(parts)), sent, list(sizes)).split(list(sizes)))
+
+    def all_to_all(self, flat: Tensor, sent: list[int], sizes: list[int]) -> Tensor:
+        """``flat``, cut into ``sent[i]`` elements for rank i -> flat, ``sizes[i]`` elements from rank i."""
+        out = flat.new_empty(sum(sizes))
+        dist.all_to_all_single(out, flat, sizes, sent, group=self.process_group)
+        return out
 
 
 @dataclass(frozen=True)

@@ -50,9 +50,7 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, flat: Tensor, sent: list[int], sizes: list[int], group: Group) -> Tensor:
         ctx.sent, ctx.sizes, ctx.group = sent, sizes, group
-        out = flat.new_empty(sum(sizes))
-        dist.all_to_all_single(out, flat.contiguous(), sizes, sent, group=group.process_group)
-        return out
+        return group.all_to_all(flat.contiguous(), sent, sizes)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
