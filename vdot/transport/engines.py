@@ -23,6 +23,7 @@ from vdot.transport.problem import Problem
 NEAR, SMALL, FLOOR = 16.0, 2.0**-50, -100.0
 # Entries of a plan never exceed its mass. Potentials from elsewhere may ask for more: they get this much, not Inf.
 MAX_EXPONENT = 60.0
+MIN_ROWS = 16  # of a block, whatever its budget: narrower products waste most of their time
 
 
 def lse_block(logits: Tensor) -> Tensor:
@@ -41,14 +42,21 @@ class Streamed:
 
     def blocks(self, problem: Problem) -> Iterator[slice]:
         batch, n, m = problem.shape
-        size = max(1, min(n, self.tile_bytes // (batch * m * problem.s.element_size())))
+        size = min(n, max(MIN_ROWS, self.tile_bytes // (batch * m * problem.s.element_size())))
         return (slice(i, min(i + size, n)) for i in range(0, n, size))
 
     def rows(self, g: Tensor) -> Tensor:
-        return torch.cat([self._lse(self.problem, block, g) for block in self.blocks(self.problem)], 1)
+        return self._all_rows(self.problem, g)
 
     def cols(self, f: Tensor) -> Tensor:
-        return torch.cat([self._lse(self.swapped, block, f) for block in self.blocks(self.swapped)], 1)
+        return self._all_rows(self.swapped, f)
+
+    def _all_rows(self, problem: Problem, g: Tensor) -> Tensor:
+        # Results go into place block by block: small tensors kept between large ones would fragment the heap.
+        out = torch.empty_like(problem.log_a)
+        for block in self.blocks(problem):
+            out[:, block] = self._lse(problem, block, g)
+        return out
 
     def sweep(self, f: Tensor | None, g: Tensor, omega: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """One iteration relaxed by ``omega [B]``: new f, new g, row log-sums at (f, g), column log-sums at the new f.
@@ -58,20 +66,18 @@ class Streamed:
         """
         if f is None or torch.compiler.is_compiling():
             return self._two_pass(f, g, omega)
-        row_sums, new = [], []
-        col_sum = torch.zeros_like(g)
+        row_sum, new, col_sum = torch.empty_like(f), torch.empty_like(f), torch.zeros_like(g)
         for block in self.blocks(self.problem):
             old = f[:, block]
             plan = self.problem.logits(block, g).add_(old[..., None]).exp2_()
-            row_sums.append(plan.sum(-1))
-            new.append(self.problem.relaxed(old, row_sums[-1].log2() - old, omega, block))
-            col_sum += torch.bmm((new[-1] - old).exp2()[:, None], plan)[:, 0]
-        row_sum = torch.cat(row_sums, 1)
+            row_sum[:, block] = plan.sum(-1)
+            new[:, block] = self.problem.relaxed(old, row_sum[:, block].log2() - old, omega, block)
+            col_sum += torch.bmm((new[:, block] - old).exp2()[:, None], plan)[:, 0]
         low, high = torch.minimum(row_sum.amin(), col_sum.amin()), torch.maximum(row_sum.amax(), col_sum.amax())
         if not bool((low > SMALL**2) & (high < 1 / SMALL)):  # NaN compares false
             return self._two_pass(f, g, omega)
         col_lse = col_sum.log2() - g
-        return torch.cat(new, 1), self.swapped.relaxed(g, col_lse, omega), row_sum.log2() - f, col_lse
+        return new, self.swapped.relaxed(g, col_lse, omega), row_sum.log2() - f, col_lse
 
     def _two_pass(self, f: Tensor | None, g: Tensor, omega: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         row_lse = self.rows(g)
@@ -86,8 +92,10 @@ class Streamed:
         return self._apply(self.swapped, g, f, u)
 
     def _apply(self, problem: Problem, f: Tensor, g: Tensor, v: Tensor) -> Tensor:
-        parts = [torch.bmm(_plan(problem, block, f, g), v[..., None])[..., 0] for block in self.blocks(problem)]
-        return torch.cat(parts, 1)
+        out = torch.empty_like(f)
+        for block in self.blocks(problem):
+            out[:, block] = torch.bmm(_plan(problem, block, f, g), v[..., None])[..., 0]
+        return out
 
     def weigh(
         self,
@@ -110,7 +118,7 @@ class Streamed:
         if swap:
             f, g = g, f
         values = torch.cat([torch.ones_like(problem.q_t)[..., None], problem.q_t[..., None], problem.t], 2)
-        parts = []
+        out = values.new_empty(*f.shape, values.shape[2])
         for block in self.blocks(problem):
             plan = _plan(problem, block, f, g)
             weight = plan.new_full((1, 1, 1), affine[0])
@@ -125,8 +133,8 @@ class Streamed:
                 plan = plan * cost
             elif cost is not None and power == -1:
                 plan = torch.where(cost > 0, plan / cost.clamp_min(1e-30), 0)
-            parts.append(torch.bmm(plan, values))
-        return torch.cat(parts, 1)
+            out[:, block] = torch.bmm(plan, values)
+        return out
 
 
 def _eager_lse(problem: Problem, block: slice, g: Tensor) -> Tensor:
