@@ -41,7 +41,7 @@ def test_memory_stays_within_the_budget(gradient, p):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak resident set in KB is Linux's")
 def test_resident_memory_of_a_large_cloud():
-    """The process as the system sees it (allocator and fragmentation included): 6000 points a side, whose matrix would be
+    """The process as the system sees it, fragmentation included: 6000 points a side, whose matrix would be
     144 MB, grow it by less than 40 MB."""
     script = """
 import resource, torch
