@@ -1,7 +1,7 @@
 """Look at videos without playing them: one row of frames per video, as a PNG.
 
-    python scripts/contact_sheet.py results/demo/out_video.mp4 --out sheet.png
-    python scripts/contact_sheet.py src_video.mp4 src_mask.mp4 out_video.mp4 --columns 8 --out sheet.png
+python scripts/contact_sheet.py results/demo/out_video.mp4 --out sheet.png
+python scripts/contact_sheet.py src_video.mp4 src_mask.mp4 out_video.mp4 --columns 8 --out sheet.png
 """
 
 import argparse

@@ -17,7 +17,7 @@ from vdot.video import write_image, write_video
 
 FRAMES, WIDTH, HEIGHT, FPS = 49, 832, 480, 16
 HORIZON = 190
-LIMBS = [(0, 1), (1, 2), (2, 3), (1, 4), (4, 5), (1, 6), (6, 7), (7, 8), (6, 9), (9, 10)]  # head .. neck .. hands .. feet
+LIMBS = [(0, 1), (1, 2), (2, 3), (1, 4), (4, 5), (1, 6), (6, 7), (7, 8), (6, 9), (9, 10)]
 PROMPTS = {
     "scene": "A red ball bounces past a person who walks over a checkered floor under a blue sky.",
     "r2v": "A red ball with a white star rolls over the grass.",

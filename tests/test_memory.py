@@ -127,7 +127,7 @@ def test_14b_fits_24_gb_block_by_block(plan_14b):
 
 
 def tiny_plan(condition, schedule=VDOT_SCHEDULE, dtypes=FLOAT32):
-    return plan_generation(*network_configs(TINY), condition, schedule, dtypes)
+    return plan_generation(*network_configs(TINY), condition, schedule, dtypes, "cpu")
 
 
 def test_guidance_doubles_the_transformers_work():

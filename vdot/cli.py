@@ -393,7 +393,8 @@ class Session:
         key = (*condition.latent_shape, len(condition.references), *parts, schedule.evaluations, schedule.guided)
         if key not in self._plans:
             dtypes = (self.dtype, self.dtype, self.vae_dtype)
-            self._plans[key] = plan_generation(*network_configs(self.path), condition, schedule, dtypes)
+            configs, kind = network_configs(self.path), self.device.type
+            self._plans[key] = plan_generation(*configs, condition, schedule, dtypes, kind)
         return self._plans[key]
 
     def check_fit(self, plan: MemoryPlan) -> None:

@@ -210,8 +210,9 @@ def plan_generation(
     condition: Condition,
     schedule: FewStepSchedule,
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+    device_type: str = "cuda",
 ) -> MemoryPlan:
-    """Count text encoding, condition encoding, sampling and decoding of one request.
+    """Count text encoding, condition encoding, sampling and decoding of one request on a device of that type.
 
     ``text_config`` and ``vae_config`` are the library configs of the checkpoint's own networks (or their dicts).
     """
@@ -220,6 +221,7 @@ def plan_generation(
         dit = VaceDiT(dit_config)
         text = UMT5EncoderModel(UMT5Config(**_plain(text_config)))
         vae = WanVAE(AutoencoderKLWan.from_config(_plain(vae_config)))
+    vae.counts_for = device_type
     for module, dtype, islands in ((dit, dit_dtype, dit.FLOAT32_ISLANDS), (text, text_dtype, ()), (vae, vae_dtype, ())):
         for name, parameter in module.named_parameters():
             if not any(island in name for island in islands):

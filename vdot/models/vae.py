@@ -73,14 +73,14 @@ class _CausalConv3d(WanCausalConv3d):
     def forward(self, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
         if not _plain_cpu(x):
             return super().forward(x, cache_x)
-        past = self._padding[4]  # frames of causal padding, of which the memory holds some
+        columns, _, rows, _, past, _ = cast(tuple[int, ...], self._padding)  # past: of which the memory holds some
         if cache_x is not None and past > 0:
             x, past = torch.cat([cache_x, x], dim=2), past - cache_x.shape[2]
         if past:
             x = F.pad(x, (0, 0, 0, 0, past, 0))
         x = x.contiguous(memory_format=torch.channels_last_3d)
-        sides = [0, self._padding[2], self._padding[0]]  # rows and columns are padded by the kernel, without a copy
-        return torch.mkldnn_convolution(x, self.weight, self.bias, sides, self.stride, [1, 1, 1], 1)
+        # Rows and columns are padded by the kernel, without a copy.
+        return torch.mkldnn_convolution(x, self.weight, self.bias, [0, rows, columns], self.stride, [1, 1, 1], 1)
 
 
 class _RMSNorm(WanRMS_norm):
@@ -109,7 +109,7 @@ class WanVAE(nn.Module):
     def __init__(self, model: AutoencoderKLWan) -> None:
         super().__init__()
         self.model = cast(Any, model)  # the library's modules carry no type hints
-        for module in model.modules():  # same parameters, same names, same results
+        for module in self.model.modules():  # same parameters, same names, same results
             module.__class__ = FASTER.get(type(module), type(module))
         config = self.model.config
         if config.is_residual or config.patch_size is not None or config.attn_scales:
@@ -120,6 +120,8 @@ class WanVAE(nn.Module):
         self.eval()
 
     # -- facts ---------------------------------------------------------------------------------------------------
+
+    counts_for: str | None = None  # device type that a run on the meta device stands for
 
     stride = (4, 8, 8)  # frames, rows, columns per latent; the first frame has a latent of its own
 
@@ -326,7 +328,7 @@ class WanVAE(nn.Module):
 
         Few on a CPU, whose cache they should fit.
         """
-        most = 2 if self.device.type == "cpu" else 8
+        most = 2 if (self.counts_for or self.device.type) == "cpu" else 8
         return max(1, min(most, STEP_PIXELS // (batch * height * width)))
 
     def _slices(self, x: Tensor, scale: int) -> Iterator[Tensor]:
