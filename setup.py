@@ -31,7 +31,16 @@ EXTRAS = {
     "demo": ["gradio>=5,<7"],
     "annotate": ["rapidocr>=3.0", "onnxruntime>=1.20", "scenedetect-headless>=0.6.5"],
     "eval": ["scipy>=1.12", "scikit-image>=0.24", "matplotlib>=3.8"],
-    "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.13", "geomloss>=0.2.6", "matplotlib>=3.8"],
+    "dev": [
+        "pytest>=8",
+        "hypothesis>=6.100",
+        "ruff>=0.9",
+        "mypy>=1.13",
+        "geomloss>=0.2.6",
+        "matplotlib>=3.8",
+        # for the interpreter that tests the kernels on a CPU; older ones fail there with numpy 2.4
+        'triton>=3.7,<3.10; platform_system == "Linux" and platform_machine == "x86_64"',
+    ],
 }
 
 setup(

@@ -76,8 +76,8 @@ class PatchEmbedding(nn.Conv3d):
         return F.linear(x.to(self.weight.dtype), self.weight.flatten(1), self.bias)
 
 
-class SelfAttention(nn.Module):
-    """Attention among video tokens, q and k RMS-normed over the full width, then rotated."""
+class Attention(nn.Module):
+    """Projections and norms of both kinds of attention."""
 
     def __init__(self, dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
@@ -85,6 +85,10 @@ class SelfAttention(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
         self.attend = Attend()
+
+
+class SelfAttention(Attention):
+    """Attention among video tokens, q and k RMS-normed over the full width, then rotated."""
 
     def forward(self, x: Tensor, rope: Rope) -> Tensor:  # x [B, L, C]
         x = x.to(self.q.weight.dtype)
@@ -94,15 +98,8 @@ class SelfAttention(nn.Module):
         return self.o(self.attend(q, k, v).flatten(-2))
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(Attention):
     """Video tokens attend to the prompt; no rotation. Its ``attend`` is local on every rank: text is never split."""
-
-    def __init__(self, dim: int, num_heads: int, eps: float) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
-        self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
-        self.attend = Attend()
 
     def forward(self, x: Tensor, text: EmbeddedText) -> Tensor:  # x [B, L, C], text.tokens [B, S, C]
         dtype = self.q.weight.dtype
