@@ -34,22 +34,22 @@ def write(folder: Path, preset: str, formats: list[str]) -> None:
     config = PRESETS[preset].dit
     with torch.device("meta"):
         shapes = {k: t.shape for k, t in VaceDiT(config).state_dict().items()}
-    noise = torch.randn(1 << 20)
-    state = {
-        k: noise.repeat(-(-shape.numel() // noise.numel()))[: shape.numel()].view(shape) for k, shape in shapes.items()
-    }
+    noise = torch.randn(1 << 26)  # repeated: only the sizes matter
+    state = {k: torch.empty(shape) for k, shape in shapes.items()}
+    for tensor in state.values():
+        tensor.view(-1).copy_(noise[: tensor.numel()])
     (folder / "config.json").write_text(json.dumps(native_config(config)))
     keys = list(state)
     for form in formats:
         (folder / form).mkdir()
         shutil.copy(folder / "config.json", folder / form)
         if form == "pt":
-            torch.save({"generator": {f"model.{k}": t.clone() for k, t in state.items()}}, folder / form / "x.pt")
+            torch.save({"generator": {f"model.{k}": t for k, t in state.items()}}, folder / form / "x.pt")
             continue
         halves = keys[: len(keys) // 2], keys[len(keys) // 2 :]
         for i, half in enumerate(halves, start=1):
             name = f"diffusion_pytorch_model-{i:05d}-of-00002.safetensors"
-            save_file({k: state[k].contiguous() for k in half}, folder / form / name)
+            save_file({k: state[k] for k in half}, folder / form / name)
     os.sync()
 
 
@@ -96,10 +96,18 @@ def load(folder: Path, dtype: str, mmap: bool) -> dict[str, float]:
     return {"seconds": seconds, "kept": kept, "grown": peak - before}
 
 
+def child(folder: Path, what: str, cold: bool) -> dict[str, float]:
+    import vdot.checkpoints  # noqa: F401  before the cache is set: importing takes seconds, in which it changes
+
+    dtype, _, mode = what.partition("+")
+    set_cache(folder, cold)
+    return read(folder, "keep" in dtype) if dtype.startswith("read") else load(folder, dtype, mode == "mmap")
+
+
 def measure(folder: Path, what: str, cold: bool) -> dict[str, float]:
     """Run one measurement in a process of its own."""
-    set_cache(folder, cold)
-    command = [sys.executable, __file__, "--child", what, "--folder", str(folder)]
+    cache = ["--cold"] if cold else []
+    command = [sys.executable, __file__, "--child", what, "--folder", str(folder), *cache]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
@@ -128,12 +136,10 @@ def main() -> None:
     parser.add_argument("--preset", default="1.3B", choices=("tiny", "1.3B"))
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--cold", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        dtype, _, mode = args.child.partition("+")
-        reads = dtype.startswith("read")
-        result = read(args.folder, "keep" in dtype) if reads else load(args.folder, dtype, mode == "mmap")
-        print(json.dumps(result))
+        print(json.dumps(child(args.folder, args.child, args.cold)))
         return
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="vdot-loading-") as work:
         need = 9e9 * len(args.formats) * (args.preset == "1.3B")

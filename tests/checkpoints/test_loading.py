@@ -216,7 +216,7 @@ def test_no_random_initialisation(layouts: dict[str, Path], monkeypatch: pytest.
 def test_large_tensors_are_cast_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vdot.checkpoints import reading
 
-    monkeypatch.setattr(reading, "SCRATCH_BYTES", 16)
+    monkeypatch.setattr(reading, "CAST_ELEMENTS", 3)
     tensors = {"a": torch.randn(5, 7), "b": torch.randn(3).bfloat16(), "c": torch.randn(()), "d": torch.zeros(0, 4)}
     save_file(tensors, tmp_path / "x.safetensors")
     file = reading.open_weights(tmp_path / "x.safetensors")

@@ -43,7 +43,10 @@ SAFETENSORS_DTYPES = {
     "BOOL": torch.bool,
 }
 STATE_KEYS = ("generator", "generator_ema", "model", "state_dict")  # the first one present is the state dict
-SCRATCH_BYTES = 1 << 20  # a cast passes through a buffer of this size, which stays in the processor's cache
+CAST_ELEMENTS = (
+    32768  # cast at a time: stays in the processor's cache, and the most that torch casts in one thread (waking
+)
+#                       others for every piece takes ten times as long on a busy machine)
 GROUP_BYTES = 256 << 20  # of a mapped file that one rank reads rows of before it is mapped anew
 HUGE_HEADER = 100 << 20  # a safetensors header is kilobytes; more than this is not one
 
@@ -148,7 +151,7 @@ class SafetensorsFile:
                 yield key, self._view(key, storage).to(device)
         # One pass in file order by one reader: what disks and the kernel's read-ahead like best.
         with self.path.open("rb", buffering=0) as file:
-            scratch = torch.empty(SCRATCH_BYTES, dtype=torch.uint8)
+            scratch = torch.empty(8 * CAST_ELEMENTS, dtype=torch.uint8)
             for key in keys:
                 header = self.headers[key]
                 # What goes to another device is cast there.
@@ -160,7 +163,7 @@ class SafetensorsFile:
     def read_rows(self, wanted: Mapping[str, Rows]) -> Iterator[tuple[str, Tensor]]:
         keys = sorted(wanted, key=self._offsets.__getitem__)
         with self.path.open("rb", buffering=0) as file:
-            scratch = torch.empty(SCRATCH_BYTES, dtype=torch.uint8)
+            scratch = torch.empty(8 * CAST_ELEMENTS, dtype=torch.uint8)
             for key in keys:
                 header, rows = self.headers[key], wanted[key]
                 shape = (rows.stop - rows.start, *header.shape[1:])
@@ -207,7 +210,7 @@ def _read(file: Any, dtype: torch.dtype, out: Tensor, scratch: Tensor) -> None:
     if dtype == out.dtype:
         _fill(file, out)
         return
-    buffer = scratch.view(dtype)
+    buffer = scratch.view(dtype)[:CAST_ELEMENTS]
     for part in out.split(len(buffer)):
         source = buffer[: part.numel()]
         _fill(file, source)
@@ -282,7 +285,7 @@ def _read_ahead(path: Path, start: int, size: int) -> None:
     """
     if hasattr(os, "posix_fadvise"):
         with path.open("rb", buffering=0) as file:
-            os.posix_fadvise(file.fileno(), start, size + SCRATCH_BYTES, os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(file.fileno(), start, size + (1 << 20), os.POSIX_FADV_WILLNEED)
 
 
 def _unpickle(path: Path, mapped: bool) -> Any:
