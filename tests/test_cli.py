@@ -516,7 +516,10 @@ def start(*args, **how) -> subprocess.Popen:
 
 
 def test_ctrl_c_while_sampling_leaves_nothing(tmp_path):
-    process = start("--prompt", "x", *SMALL, "--sample_steps", 1000, "--save_dir", tmp_path / "deep" / "out")
+    # Started from a background job, the tests and so their children ignore Ctrl-C: a person's terminal does not.
+    listens = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    out = tmp_path / "deep" / "out"
+    process = start("--prompt", "x", *SMALL, "--sample_steps", 1000, "--save_dir", out, **listens)
     for line in process.stdout:
         if line.startswith("encode condition"):
             break
