@@ -1,6 +1,7 @@
-"""What one video costs on 1 to 64 GPUs: a model on paper, from the code that would run.
+"""What one video costs on 1 to 64 GPUs: a model on paper, from the code that would run, and what can be measured here.
 
     python benchmarks/scaling.py --out scaling.md                              # the model on paper: no GPU, two minutes
+    torchrun --nproc_per_node=2 benchmarks/scaling.py --measure --out m.md     # two gloo processes, one thread each
 
 On paper. The real networks, with the real sequence parallelism and the real shared autoencoder, run on the meta device
 as rank 0 of N: floating-point operations and exchanged bytes are counted, not estimated. Times are those counts over
@@ -8,13 +9,16 @@ the speeds below, all of them flags. Nothing here was measured on a GPU.
 """
 
 import argparse
+import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import table
+import torch.distributed as dist
+from common import randomise, table
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,10 +26,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from vdot.memory import bytes_of
 from vdot.models.attention import Attend
 from vdot.models.dit import SelfAttention
-from vdot.models.presets import PRESETS
+from vdot.models.presets import PRESETS, DitConfig
 from vdot.models.vace import VaceDiT
 from vdot.models.vae import WanVAE
-from vdot.parallel.mesh import Group, Mesh, choose_sizes
+from vdot.parallel.mesh import Group, Mesh, choose_sizes, make_mesh
 from vdot.parallel.ulysses import parallelize
 from vdot.parallel.vae import SharedVAE
 
@@ -272,18 +276,81 @@ def _verdict(rows: list[Row], size: str) -> str:
     return "\n" + "\n".join(lines)
 
 
+# -- what this machine can measure -----------------------------------------------------------------------------------
+
+
+def measure(rounds: int = 3) -> str | None:
+    """The same work by one process, the others idle, and by all together; rank 0 returns the table."""
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    world, rank = dist.get_world_size(), dist.get_rank()
+    mesh = make_mesh("cpu", *choose_sizes(world, heads=6))
+    dit = VaceDiT(DitConfig(dim=384, ffn_dim=1536, num_heads=6, num_layers=4, vace_layers=(0, 2), text_dim=64)).eval()
+    vae = WanVAE(AutoencoderKLWan(base_dim=16))
+    for network in (dit, vae):
+        randomise(network)
+        network.requires_grad_(False)
+    g = torch.Generator().manual_seed(0)
+    x, context = torch.randn(1, 16, 3, 30, 52, generator=g), torch.randn(1, 96, 3, 30, 52, generator=g)
+    text, clip = torch.randn(1, 64, 64, generator=g), torch.rand(3, 5, 128, 208, generator=g) * 2 - 1
+    latents = torch.randn(1, 16, 2, 16, 26, generator=g)
+    together, alone = SharedVAE(vae, mesh.sequence), SharedVAE(vae, Group())
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return dit(x, torch.tensor([500.0]), text, context)
+
+    def parallel() -> Tensor:
+        undo = parallelize(dit, mesh)
+        try:
+            return forward()
+        finally:
+            undo()
+
+    stages: dict[str, tuple[Callable, Callable]] = {
+        "transformer, 1170 tokens": (forward, parallel),
+        "encode two clips, 5 x 128 x 208": (
+            lambda: alone.encode_clips([clip, clip * 0.5]),
+            lambda: together.encode_clips([clip, clip * 0.5]),
+        ),
+        "encode one clip": (lambda: alone.encode_clips([clip]), lambda: together.encode_clips([clip])),
+        "decode": (lambda: alone.decode(latents, lambda p: p), lambda: together.decode(latents, lambda p: p)),
+    }
+    rows = []
+    for name, (one, all_) in stages.items():
+        taken: dict[str, list[float]] = {"one": [], "all": []}
+        for i in range(rounds + 1):
+            for kind, call in (("one", one), ("all", all_)):
+                dist.barrier()
+                start = time.perf_counter()
+                if kind == "all" or rank == 0:
+                    call()
+                dist.barrier()
+                if i:  # the first round warms up
+                    taken[kind].append(time.perf_counter() - start)
+        a, b = (sorted(taken[kind])[rounds // 2] for kind in ("one", "all"))
+        rows.append([name, f"{a:.2f}", f"{b:.2f}", f"{a / b:.2f}"])
+    dist.destroy_process_group()
+    if rank:
+        return None
+    head = f"# {world} gloo processes of one thread each, against one (median of {rounds}, seconds)\n\n"
+    return head + table(["stage", "1 process", f"{world} processes", "speed-up"], rows) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="14B", choices=sorted(PRESETS))
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--measure", action="store_true", help="under torchrun: time this machine")
     parser.add_argument("--out", type=Path, help="also write the Markdown here")
     for name, (value, origin) in SPEEDS.items():
         parser.add_argument(f"--{name}", type=float, default=value, help=origin.replace("%", "%%"))
     args = parser.parse_args()
-    text = on_paper(args)
-    print(text)
-    if args.out:
-        args.out.write_text(text, encoding="utf-8")
+    text = measure() if args.measure else on_paper(args)
+    if text is not None and int(os.environ.get("RANK", "0")) == 0:
+        print(text)
+        if args.out:
+            args.out.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
