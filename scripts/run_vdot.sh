@@ -27,7 +27,7 @@ run_task() {
   [ -f "$folder/src_video.mp4" ] && args+=(--src_video "$folder/src_video.mp4")
   [ -f "$folder/src_mask.mp4" ] && args+=(--src_mask "$folder/src_mask.mp4")
   local refs
-  refs="$(cd "$folder" && ls src_ref_image_*.png 2>/dev/null | sed "s|^|$folder/|" | paste -sd, -)"
+  refs="$(find "$folder" -name 'src_ref_image_*.png' | sort | paste -sd, -)"
   [ -n "$refs" ] && args+=(--src_ref_images "$refs")
   # The schedule (four steps) comes with the checkpoint.
   python "$ROOT/inference/vace_wan_inference.py" "${args[@]}" "$@"
