@@ -226,7 +226,8 @@ class Watchdog(threading.Thread):
                 self._kill(other)
                 os._exit(1)
         if terminated:
-            os._exit(128 + signal.SIGTERM)
+            code = self.board.read("failed")  # another rank may have had its say since the first look
+            os._exit(128 + signal.SIGTERM if code is None else int(code))
 
     def _lost(self, other: int, now: bool) -> str | None:
         """Why rank ``other`` will not come back, or None."""
