@@ -92,7 +92,7 @@ def test_a_batch_equals_its_samples(tiny, golden):
 def test_taps_are_the_block_outputs(tiny, golden):
     tensors = golden("dit/tiny_cases")
     out, features = tiny(*inputs(tensors, "plain", 0), taps=(0, 1, 2, 3))
-    for i, feature in enumerate(features):
+    for i, feature in enumerate(features.tokens):
         torch.testing.assert_close(feature, tensors[f"plain.mid.block_{i}"], atol=TOLERANCE, rtol=0)
     torch.testing.assert_close(out[0], tensors["plain.out.0"], atol=TOLERANCE, rtol=0)
 

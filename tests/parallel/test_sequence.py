@@ -62,7 +62,7 @@ def collected_features(ulysses: int, ring: int) -> tuple[Tensor, list[Tensor], b
     undo = parallelize(dit, mesh(ulysses, ring))
     with torch.no_grad():
         velocity, features = dit(**inputs(), taps=(0, 2))
-        features = [dit.gather(f) for f in features]
+        features = [dit.gather(f) for f in features.tokens]
     undo()
     return velocity, features, modules == [type(m) for m in dit.modules()]
 

@@ -25,6 +25,13 @@ class EmbeddedText(NamedTuple):
     bias: Tensor | None
 
 
+class Features(NamedTuple):
+    """What a critic sees: the output of each tapped block, ``tokens [B, L, C]``, and the time embedding ``[B, C]``."""
+
+    tokens: list[Tensor]
+    time: Tensor
+
+
 class RMSNorm(nn.Module):
     """``x / sqrt(mean(x^2) + eps) * weight`` over the full width, all heads together; float32 out."""
 

@@ -8,7 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from vdot.models.dit import Block, EmbeddedText, Head, Linear32, PatchEmbedding, dtype_of, padding_bias, sinusoid
+from vdot.models.dit import Block, EmbeddedText, Features, Head, Linear32, PatchEmbedding, dtype_of, padding_bias, sinusoid
 from vdot.models.presets import DitConfig
 from vdot.models.rope import Rope, rope_table
 
@@ -125,7 +125,7 @@ class VaceDiT(nn.Module):
         lengths: Sequence[int] | None = None,
         *,
         taps: Collection[int],
-    ) -> tuple[Tensor, list[Tensor]]: ...
+    ) -> tuple[Tensor, Features]: ...
 
     def forward(
         self,
@@ -136,7 +136,7 @@ class VaceDiT(nn.Module):
         context_scale: float = 1.0,
         lengths: Sequence[int] | None = None,
         taps: Collection[int] | None = None,
-    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+    ) -> Tensor | tuple[Tensor, Features]:
         """Predict the velocity ``noise - x0``.
 
         Args:
@@ -149,7 +149,7 @@ class VaceDiT(nn.Module):
             taps: numbers of blocks whose outputs ``[B, L, C]`` (hint included) are returned too, in block order.
 
         Returns:
-            float32 velocity like ``x``; with ``taps``, the pair (velocity, list of features).
+            float32 velocity like ``x``; with ``taps``, the pair (velocity, features).
 
         Raises:
             ValueError: shapes that do not belong together.
@@ -162,16 +162,16 @@ class VaceDiT(nn.Module):
         tokens = self.scatter(self.patch_embedding(x)).float()
         hints = self._branch(tokens, vace_context, mod, rope, prompt) if context_scale else None
 
-        features: list[Tensor] = []
+        tapped: list[Tensor] = []
         for i, block in enumerate(self.blocks):
             hint = next(hints) if hints is not None and i in self.config.vace_layers else None
             tokens = block(tokens, mod, rope, prompt)
             if hint is not None:
                 tokens = torch.add(tokens, hint, alpha=context_scale)
             if taps is not None and i in taps:
-                features.append(tokens)
+                tapped.append(tokens)
         velocity = self._unpatchify(self.gather(self.head(tokens, e)), grid)
-        return velocity if taps is None else (velocity, features)
+        return velocity if taps is None else (velocity, Features(tapped, e))
 
     def _branch(
         self, tokens: Tensor, context: Tensor | None, mod: Tensor, rope: Rope, text: EmbeddedText
