@@ -1,0 +1,239 @@
+"""The order in which examples are drawn, and their supply: ahead of the training step, whatever files do meanwhile.
+
+Which rows make up batch ``n`` depends on the seed and on ``n`` alone, so that a run resumes at any step without a
+state, and any number of ranks and workers sees the same batches, bit for bit.
+"""
+
+import math
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Lock
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from vdot.data.batch import Batch, Example, Shape, collate
+from vdot.errors import ConfigError, InputError, one_line
+from vdot.runtime import log
+
+
+class Source(Protocol):
+    """Examples by index. All that is known before loading one: its shape, its task, and whether it has a real clip."""
+
+    @property
+    def shapes(self) -> Sequence[Shape]: ...
+
+    @property
+    def tasks(self) -> Sequence[str]: ...
+
+    @property
+    def paired(self) -> Sequence[bool]:
+        """Whether ``load`` gives a ``real``: batches either have it or not, so this decides what goes together."""
+        ...
+
+    @property
+    def identity(self) -> str:
+        """Equal for sources that give the same examples in the same order."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def load(self, index: int) -> Example:
+        """Called from several threads. ``InputError`` or ``OSError`` when the row's files are at fault."""
+        ...
+
+    def negative(self) -> Tensor:
+        """The negative prompt's rows ``[L, C]``."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Sampler:
+    """Which rows make up which batch.
+
+    A batch's rows share one shape, and have a real clip or have none. First such a group is drawn, by the summed
+    weights of its rows, then each row of the batch inside it by weight, so that every sample of the run is a row with
+    the probability of its weight. A task's weight is shared by its rows alike.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[Shape],
+        tasks: Sequence[str],
+        weights: Mapping[str, float] | None = None,
+        batch_size: int = 1,
+        seed: int = 0,
+        paired: Sequence[bool] | None = None,
+    ) -> None:
+        """``weights`` are relative and by task, 1 for a task that is not named; 0 leaves a task out.
+
+        Raises:
+            ConfigError: a weight of a task that is not there, negative or not finite, or nothing left to draw.
+        """
+        if batch_size < 1:
+            raise ConfigError(f"the batch size must be at least 1, got {batch_size}")
+        if not tasks:
+            raise InputError("there are no rows to train on")
+        self.batch_size, self.seed, self.tasks = batch_size, seed, list(tasks)
+        self.weights = _row_weights(tasks, weights or {})
+        kinds = list(zip(shapes, paired or [True] * len(tasks), strict=True))
+        members: dict[tuple[Shape, bool], list[int]] = {}
+        for row, kind in enumerate(kinds):
+            if self.weights[row] > 0:
+                members.setdefault(kind, []).append(row)
+        self.groups = [np.array(rows) for rows in members.values()]
+        self._group_of = {row: number for number, rows in enumerate(self.groups) for row in rows.tolist()}
+        self._group_chances = np.cumsum([self.weights[rows].sum() for rows in self.groups])
+        self._row_chances = [np.cumsum(self.weights[rows]) for rows in self.groups]
+
+    def draw(self, number: int) -> list[int]:
+        """Rows of global batch ``number``, ``batch_size`` of them, with replacement."""
+        rng = np.random.default_rng((self.seed, number))
+        group = _pick(self._group_chances, rng.random())
+        return [int(self.groups[group][_pick(self._row_chances[group], rng.random())]) for _ in range(self.batch_size)]
+
+    def substitutes(self, number: int, place: int, row: int) -> Iterator[int]:
+        """Every other row of the group of ``row``, which sample ``place`` of batch ``number`` drew, its task first."""
+        group = self.groups[self._group_of[row]]
+        order = np.random.default_rng((self.seed, number, place)).permutation(group).tolist()
+        for same_task in (True, False):
+            yield from (
+                other for other in order if other != row and (self.tasks[other] == self.tasks[row]) == same_task
+            )
+
+
+def _pick(cumulated: np.ndarray, chance: float) -> int:
+    """Index drawn by cumulated weights, from ``chance`` in [0, 1)."""
+    return min(int(np.searchsorted(cumulated, chance * cumulated[-1], side="right")), len(cumulated) - 1)
+
+
+def _row_weights(tasks: Sequence[str], weights: Mapping[str, float]) -> np.ndarray:
+    names, counts = np.unique(np.array(tasks), return_counts=True)
+    for name, weight in weights.items():
+        if name not in names:
+            raise ConfigError(f"task_weights names the task {name!r}, which has no rows: tasks are {', '.join(names)}")
+        if not math.isfinite(weight) or weight < 0:
+            raise ConfigError(f"the weight of the task {name!r} must be a number from 0 up, got {weight}")
+    each = {name: weights.get(name, 1.0) / count for name, count in zip(names.tolist(), counts, strict=True)}
+    rows = np.array([each[task] for task in tasks])
+    if not rows.any():
+        raise ConfigError("task_weights are 0 for every task: nothing is left to train on")
+    return rows
+
+
+class Feeder:
+    """Iterator of this rank's part of each global batch, loaded ahead in threads.
+
+    Rank ``dp_rank`` of ``dp_size`` gets consecutive samples of every global batch. A row whose file cannot be read is
+    reported once and replaced, from then on, by another one of its group; ``failures`` counts such rows. What is no
+    fault of a file is raised. ``close`` (or leaving the ``with`` block) ends the threads, not the source.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        sampler: Sampler,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        workers: int = 2,
+        start: int = 0,
+        prefetch: int = 2,
+    ) -> None:
+        """``start``: number of the first batch; ``prefetch``: batches loaded ahead; no ``workers``: none, on demand.
+
+        Raises:
+            ConfigError: ranks that do not divide the batch, or numbers out of range.
+        """
+        if sampler.batch_size % dp_size or not 0 <= dp_rank < dp_size:
+            raise ConfigError(
+                f"a global batch of {sampler.batch_size} cannot be shared by {dp_size} data-parallel ranks: "
+                f"use a multiple of {dp_size}"
+            )
+        if workers < 0 or prefetch < 1:
+            raise ConfigError(f"workers must be at least 0 and prefetch at least 1, got {workers} and {prefetch}")
+        self.source, self.sampler, self.number = source, sampler, start
+        share = sampler.batch_size // dp_size
+        self.places = range(dp_rank * share, (dp_rank + 1) * share)
+        self._bad: dict[int, str] = {}  # row -> why it cannot be read
+        self._lock = Lock()
+        self._pool = ThreadPoolExecutor(workers, "vdot-feeder") if workers else None
+        self._ahead: deque[list[Future[Example]]] = deque()
+        self._prefetch = prefetch
+
+    @property
+    def failures(self) -> int:
+        """Rows that could not be read so far."""
+        return len(self._bad)
+
+    def __enter__(self) -> "Feeder":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def __iter__(self) -> "Feeder":
+        return self
+
+    def __next__(self) -> Batch:
+        """Never ends. ``InputError`` when no row of a group can be read any more; other errors as they are."""
+        if self._pool is None:
+            examples = [self._load(self.number, place, row) for place, row in self._share(self.number)]
+        else:
+            while len(self._ahead) <= self._prefetch:
+                number = self.number + len(self._ahead)
+                self._ahead.append([self._pool.submit(self._load, number, *each) for each in self._share(number)])
+            examples = [future.result() for future in self._ahead.popleft()]
+        first = self.number * self.sampler.batch_size
+        self.number += 1
+        return collate(examples, [first + place for place in self.places])
+
+    def close(self) -> None:
+        """Drop what was loaded ahead and wait for the threads to end. Also after an error, and twice."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+        self._ahead.clear()
+
+    def _share(self, number: int) -> list[tuple[int, int]]:
+        """(place in the global batch, row) of this rank's samples."""
+        rows = self.sampler.draw(number)
+        return [(place, rows[place]) for place in self.places]
+
+    def _load(self, number: int, place: int, drawn: int) -> Example:
+        """The drawn row or, if its file is at fault, the first substitute that loads."""
+        if drawn not in self._bad:
+            example = self._try(drawn)
+            if example is not None:
+                return example
+        for row in self.sampler.substitutes(number, place, drawn):
+            if row not in self._bad:
+                example = self._try(row)
+                if example is not None:
+                    return example
+        shape = self.source.shapes[drawn]
+        raise InputError(f"no row of the shape {shape} can be read any more; the first failed with: {self._bad[drawn]}")
+
+    def _try(self, row: int) -> Example | None:
+        try:
+            example = self.source.load(row)
+            if example.shape != self.source.shapes[row] or (example.real is not None) != self.source.paired[row]:
+                raise InputError(f"it has become {example.shape}, which is not what it was when training began")
+            return example
+        except (InputError, OSError) as error:
+            self._report(row, one_line(error))
+            return None
+
+    def _report(self, row: int, reason: str) -> None:
+        with self._lock:
+            if row in self._bad:
+                return
+            self._bad[row] = reason
+        log.warning(
+            "row %d (%s) cannot be read: %s; another row of its shape takes its place from now on (%d so far)",
+            row,
+            self.source.tasks[row],
+            reason,
+            self.failures,
+        )
