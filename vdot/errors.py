@@ -33,6 +33,12 @@ class OutputError(VdotError, OSError):
         self.reason = reason
 
 
+class TrainingError(VdotError, ArithmeticError):
+    """A training run that cannot go on: its numbers are no longer finite. Says which, since when, and what to try."""
+
+    exit_code = 1
+
+
 class MissingDependencyError(VdotError, ImportError):
     """An optional package that was asked for by name and is not installed; names the command that installs it."""
 

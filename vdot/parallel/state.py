@@ -164,8 +164,13 @@ class Queue:
 class Watchdog(threading.Thread):
     """Beats for this rank, watches the next one, and ends the process when any has failed.
 
-    The first rank to report takes the floor (:meth:`claim`): only it writes to stderr.
+    The first rank to report takes the floor (:meth:`report`): only it writes to stderr.
+
+    SIGTERM ends the process, unless ``graceful`` is set: then it ends only those whose neighbour is lost, and somebody
+    else (:class:`vdot.training.stop.StopSignal`) has the main thread save and leave.
     """
+
+    graceful = False
 
     def __init__(self, rank: int, world: int, patience: float | None = None) -> None:
         super().__init__(name="vdot-watchdog", daemon=True)
@@ -225,7 +230,7 @@ class Watchdog(threading.Thread):
                 self._say(f"error: rank {other} {reason}", 1)
                 self._kill(other)
                 os._exit(1)
-        if terminated:
+        if terminated and not self.graceful:
             code = self.board.read("failed")  # another rank may have had its say since the first look
             os._exit(128 + signal.SIGTERM if code is None else int(code))
 

@@ -1,0 +1,1 @@
+"""What stands beside the training loop: checkpoints, optimizers and moving averages, stop signals, metrics."""
