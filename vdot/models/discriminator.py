@@ -20,7 +20,11 @@ class Projection(nn.Module):
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__()
         self.proj = nn.Sequential(
-            nn.LayerNorm(in_dim), nn.Linear(in_dim, in_dim), nn.GELU(), nn.Linear(in_dim, out_dim), nn.LayerNorm(out_dim)
+            nn.LayerNorm(in_dim),
+            nn.Linear(in_dim, in_dim),
+            nn.GELU(),
+            nn.Linear(in_dim, out_dim),
+            nn.LayerNorm(out_dim),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -72,9 +76,7 @@ class Discriminator(nn.Module):
         width = dim * (taps + time)
         self._register_tokens = RegisterTokens(taps, inner)
         self._gan_ca_blocks = nn.ModuleList([TapHead(dim, inner, num_heads, ffn_dim) for _ in range(taps)])
-        self._cls_pred_branch = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, dim), nn.SiLU(), nn.Linear(dim, 1)
-        )
+        self._cls_pred_branch = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, dim), nn.SiLU(), nn.Linear(dim, 1))
 
     def forward(self, tokens: Sequence[Tensor], time: Tensor) -> Tensor:
         """``tokens``: one ``[B, L, C]`` per tap, all of a video's own tokens and no padding; ``time [B, C]``."""

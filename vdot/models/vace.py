@@ -2,13 +2,23 @@
 
 import math
 from collections.abc import Collection, Iterator, Sequence
-from typing import overload
+from typing import Any, overload
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from vdot.models.dit import Block, EmbeddedText, Features, Head, Linear32, PatchEmbedding, dtype_of, padding_bias, sinusoid
+from vdot.models.dit import (
+    Block,
+    EmbeddedText,
+    Features,
+    Head,
+    Linear32,
+    PatchEmbedding,
+    dtype_of,
+    padding_bias,
+    sinusoid,
+)
 from vdot.models.presets import DitConfig
 from vdot.models.rope import Rope, rope_table
 
@@ -41,11 +51,18 @@ class VaceBlock(Block):
         return self.branch(c if tokens is None else self.enter(c, tokens), mod, rope, text)
 
 
+class Run(nn.Module):
+    """Calls a block. Training puts one here that forgets activations and computes them again."""
+
+    def forward(self, block: nn.Module, *args: Any) -> Any:
+        return block(*args)
+
+
 class VaceDiT(nn.Module):
     """Velocity of noisy video latents under a text prompt and a VACE context.
 
     ``scatter`` and ``gather`` (and each self-attention's ``attend``) are parameterless seams: identities here, replaced
-    by ``vdot.parallel`` to split the token axis (dim 1 of what they get) over ranks.
+    by ``vdot.parallel`` to split the token axis (dim 1 of what they get) over ranks. ``run`` calls each block.
     """
 
     # Name fragments of the parameters that stay float32 when the rest is stored in half precision.
@@ -65,7 +82,7 @@ class VaceDiT(nn.Module):
         self.head = Head(dim, config.out_dim * math.prod(config.patch_size), config.eps)
         self.vace_patch_embedding = PatchEmbedding(config.vace_in_dim, dim, config.patch_size)
         self.vace_blocks = nn.ModuleList([VaceBlock(*args, first=i == 0) for i in range(len(config.vace_layers))])
-        self.scatter, self.gather = nn.Identity(), nn.Identity()
+        self.scatter, self.gather, self.run = nn.Identity(), nn.Identity(), Run()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -165,7 +182,7 @@ class VaceDiT(nn.Module):
         tapped: list[Tensor] = []
         for i, block in enumerate(self.blocks):
             hint = next(hints) if hints is not None and i in self.config.vace_layers else None
-            tokens = block(tokens, mod, rope, prompt)
+            tokens = self.run(block, tokens, mod, rope, prompt)
             if hint is not None:
                 tokens = torch.add(tokens, hint, alpha=context_scale)
             if taps is not None and i in taps:
@@ -184,7 +201,7 @@ class VaceDiT(nn.Module):
         def walk(c: Tensor) -> Iterator[Tensor]:
             first: Tensor | None = tokens
             for block in self.vace_blocks:
-                c, hint = block(c, mod, rope, text, first)
+                c, hint = self.run(block, c, mod, rope, text, first)
                 first = None
                 yield hint
 

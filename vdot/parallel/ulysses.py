@@ -9,7 +9,7 @@ gathered output, the **average** over ranks of a parameter's or an input's gradi
 DDP and FSDP do by default, and :func:`average_gradients` where neither is used.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,9 @@ from vdot.models.dit import SelfAttention
 from vdot.models.vace import VaceDiT
 from vdot.parallel.mesh import Group, Mesh
 from vdot.parallel.ring import ring_attention
+
+
+BUCKET = 2**24  # elements of one all-reduce of gradients
 
 
 @dataclass
@@ -174,10 +177,28 @@ def parallelize(dit: VaceDiT, mesh: Mesh) -> Callable[[], None]:
 
 @torch.no_grad()
 def average_gradients(parameters: Iterable[Tensor], group: Group) -> None:
-    """Replace each gradient by its mean over ``group``, for parameters that neither DDP nor FSDP looks after."""
+    """Replace each gradient by its mean over ``group``, for parameters that neither DDP nor FSDP looks after.
+
+    A parameter without a gradient has none on any rank. Small ones travel together.
+    """
     if group.process_group is None:
         return
-    for parameter in parameters:
-        if parameter.grad is not None:
-            dist.all_reduce(parameter.grad, group=group.process_group)
-            parameter.grad /= group.size
+    grads = [p.grad for p in parameters if p.grad is not None]
+    for bucket in _buckets(grads):
+        flat = torch.cat([grad.reshape(-1) for grad in bucket])
+        dist.all_reduce(flat, group=group.process_group)
+        flat /= group.size
+        for grad, mean in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
+            grad.copy_(mean.view_as(grad))
+
+
+def _buckets(grads: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Consecutive tensors of one type, about BUCKET elements together."""
+    bucket: list[Tensor] = []
+    for grad in grads:
+        if bucket and (grad.dtype != bucket[0].dtype or sum(g.numel() for g in bucket) + grad.numel() > BUCKET):
+            yield bucket
+            bucket = []
+        bucket.append(grad)
+    if bucket:
+        yield bucket
