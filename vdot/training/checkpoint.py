@@ -159,7 +159,7 @@ class CheckpointStore:
                 if not temporary.is_dir():
                     raise OutputError("it is not the same folder on all ranks", "not on a shared file system")
             everyone = ranks.gather(json.loads(notes)["rank"])
-            writer = dcp.FileSystemWriter(temporary, sync_files=True)
+            writer = _Writer(temporary, sync_files=True)
             dcp.save(self._staged, storage_writer=writer, process_group=ranks.control, no_dist=ranks.control is None)
             with ranks.agree():
                 if ranks.rank == 0:
@@ -184,13 +184,12 @@ class CheckpointStore:
         _sync(temporary)
         target = self.folder / name_of(step)
         if target.exists():  # of the same step: tidied up, or put back by whoever comes after a kill
-            target.rename(self.folder / f".{target.name}.old")
+            _hide(target, "old")
         temporary.rename(target)
         _sync(self.folder)
         whole = [s for s in self._steps() if s != step and problem(self.folder / name_of(s)) is None]
         for old in whole[: max(0, len(whole) - (self.keep - 1))]:
-            # Renamed first, so that a kill in between leaves nothing half there.
-            (self.folder / name_of(old)).rename(self.folder / f".{name_of(old)}.tmp")
+            _hide(self.folder / name_of(old), "tmp")
         _tidy(self.folder)
 
     def _steps(self) -> list[int]:
@@ -329,9 +328,20 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, CheckpointException) and error.failures:
         rank, (cause, _) = next(iter(sorted(error.failures.items())))
         return _reason(cause) + (f" (rank {rank})" if len(error.failures) == 1 else "")
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
+    link: BaseException | None = error
+    while link is not None:  # torch.save speaks of positions where the system said that the disk is full
+        if isinstance(link, OSError) and link.strerror:
+            return link.strerror
+        link = link.__cause__ or link.__context__
     return one_line(error)[:200] or type(error).__name__
+
+
+class _Writer(dcp.FileSystemWriter):
+    def write_data(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().write_data(*args, **kwargs)
+        except (OSError, RuntimeError) as error:  # what led to it does not travel to the other ranks
+            raise OSError(getattr(error, "errno", None), _reason(error)) from error
 
 
 def _sync(folder: Path) -> None:
@@ -342,6 +352,13 @@ def _sync(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _hide(folder: Path, why: str) -> None:
+    """Rename a checkpoint for :func:`_tidy`: a kill while it is being removed leaves nothing half there."""
+    hidden = folder.with_name(f".{folder.name}.{why}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    folder.rename(hidden)
 
 
 def _tidy(folder: Path) -> None:

@@ -123,7 +123,10 @@ def make_optimizer(
         return SecondMomentAdam(trained, lr, betas[1], eps, weight_decay)
     fused = all(p.device.type == "cuda" for p in trained)
     how = {"fused": True} if fused else {"foreach": True}
-    optimizer = torch.optim.AdamW(trained, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **how)  # type: ignore[arg-type]
+    # torch's loops over many tensors take sharded or whole ones, not both.
+    kinds = [[p for p in trained if isinstance(p, DTensor) == sharded] for sharded in (True, False)]
+    groups = [{"params": kind} for kind in kinds if kind]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **how)  # type: ignore[arg-type]
     for p in trained:
         optimizer.state[p] = {
             "step": torch.zeros((), dtype=torch.float32, device=p.device if fused else "cpu"),
