@@ -6,16 +6,28 @@ state, and any number of ranks and workers sees the same batches, bit for bit.
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from hashlib import blake2b
+from pathlib import Path
 from threading import Lock
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from vdot.checkpoints import inspect_checkpoint
+from vdot.checkpoints.layouts import PART_NAMES
 from vdot.data.batch import Batch, Example, Shape, collate
+from vdot.data.decoding import Workers, decode
+from vdot.data.encoding import Encoder, load_encoder, weights_identity
+from vdot.data.manifest import DataConfig, Entry, Layout, check_table
+from vdot.data.shards import NEGATIVE, Settings, find_rows, read_index, read_row, read_shard, unpack
 from vdot.errors import ConfigError, InputError, one_line
+from vdot.parallel.state import Ranks
+from vdot.request import Defaults, parse_size
 from vdot.runtime import log
 
 
@@ -49,6 +61,132 @@ class Source(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+class EncodedSource:
+    """Rows that ``training/encode.py`` made; each is compared with its checksum when it is read."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """Reads the index and the headers of all files. ``InputError`` when one is missing or damaged."""
+        self.folder = Path(folder)
+        self.settings = Settings.read(self.folder)
+        self.records = read_index(self.folder)
+        self._places = find_rows(self.folder)
+        missing = sum(record.key not in self._places for record in self.records)
+        if missing or not self.records:
+            raise InputError(
+                f"{self.folder} lacks {missing} of its {len(self.records)} rows: run training/encode.py again, it "
+                "makes those that are missing"
+            )
+        self.shapes = [record.shape for record in self.records]
+        self.tasks = [record.task for record in self.records]
+        self.paired = [record.paired for record in self.records]
+        self.identity = _identity((record.key, record.task) for record in self.records)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def load(self, index: int) -> Example:
+        """Text as stored; context and real latents in float32."""
+        record = self.records[index]
+        stored = read_row(record.key, self._places[record.key])
+        references = record.shape.references
+        context, real = unpack(stored, references)
+        return Example(stored["text"], context, real, references, record.task, record.prompt, index)
+
+    def negative(self) -> Tensor:
+        (key, place), *_ = read_shard(self.folder / NEGATIVE).items()
+        return read_row(key, place)["text"]
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class LiveSource:
+    """Rows of a checked table, decoded in ``workers`` processes and encoded where they are asked for."""
+
+    def __init__(
+        self, entries: Sequence[Entry], layout: Layout, encoder: Encoder, negative_prompt: str, workers: int = 2
+    ) -> None:
+        self.entries, self.layout, self.encoder = list(entries), layout, encoder
+        self.shapes = [entry.shape for entry in self.entries]
+        self.tasks = [entry.row.task for entry in self.entries]
+        self.paired = [entry.paired for entry in self.entries]
+        self.identity = _identity((entry.row, layout) for entry in self.entries)
+        self.workers = Workers(decode, workers)
+        self._negative = negative_prompt
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def load(self, index: int) -> Example:
+        entry = self.entries[index]
+        return self.encoder.encode(entry, self.workers.call(entry.row, self.layout), index)
+
+    def negative(self) -> Tensor:
+        return self.encoder.embed(self._negative)
+
+    def close(self) -> None:
+        """End the processes."""
+        self.workers.close()
+
+
+def _identity(parts: Iterable[Any]) -> str:
+    digest = blake2b(digest_size=16)
+    for part in parts:
+        digest.update(repr(part).encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def open_source(
+    config: DataConfig,
+    checkpoint: str | Path,
+    device: torch.device,
+    dtype: str | torch.dtype | None = None,
+    vae_dtype: str | torch.dtype | None = None,
+    ranks: Ranks | None = None,
+) -> Source:
+    """The encoded folder of ``config``, or else its table with the networks of ``checkpoint``; all ranks call alike.
+
+    Raises:
+        ConfigError: neither is given, or the folder was made with other settings or weights.
+        InputError, CheckpointError: one sentence each.
+    """
+    ranks = ranks or Ranks()
+    if config.encoded is not None:
+        with ranks.agree():
+            source = EncodedSource(config.encoded)
+            check_settings(source, config, checkpoint)
+        return source
+    with ranks.agree():
+        notes = inspect_checkpoint(checkpoint).defaults
+        defaults = Defaults.from_dict(notes or {}, f"{checkpoint}/defaults.json")
+    entries, layout = check_table(config, defaults, ranks)
+    with ranks.agree():
+        encoder = load_encoder(checkpoint, device, dtype, vae_dtype)
+    negative = defaults.negative_prompt if config.negative_prompt is None else config.negative_prompt
+    return LiveSource(entries, layout, encoder, negative, config.workers)
+
+
+def check_settings(source: EncodedSource, config: DataConfig, checkpoint: str | Path) -> None:
+    """``ConfigError`` when ``config`` asks for what the folder does not hold, or ``checkpoint`` encodes otherwise."""
+    settings, usual = source.settings, DataConfig()
+    have = {**asdict(settings.layout), "negative_prompt": settings.negative_prompt}
+    for name, value in have.items():
+        wanted = getattr(config, name, None)
+        if name == "size" and wanted is not None:
+            wanted = "{}*{}".format(*parse_size(wanted))
+        if wanted is not None and wanted != getattr(usual, name) and wanted != value:
+            raise ConfigError(
+                f"{source.folder} was encoded with {name} {value}, {wanted} is asked for: leave {name} out of the "
+                "data's settings, or encode the table again into another folder"
+            )
+    for part, identity in weights_identity(checkpoint).items():
+        if identity != settings.weights.get(part):
+            raise ConfigError(
+                f"{source.folder} was encoded with another {PART_NAMES[part]} than that of {checkpoint}: encode the "
+                "table again with this checkpoint, into another folder"
+            )
 
 
 class Sampler:
