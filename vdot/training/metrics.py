@@ -8,6 +8,7 @@ import secrets
 import shutil
 import sys
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,8 +30,8 @@ WANDB_MODES = ("disabled", "offline", "online")
 PEAK_TFLOPS = (
     ("GB200", 2500.0),  # NVIDIA GB200 NVL72 data sheet, per GPU
     ("B200", 2250.0),  # NVIDIA DGX B200 data sheet
-    ("H200", 989.0),  # NVIDIA H200 data sheet (SXM)
     ("GH200", 990.0),  # NVIDIA GH200 data sheet
+    ("H200", 989.0),  # NVIDIA H200 data sheet (SXM)
     ("H100 NVL", 835.0),  # NVIDIA H100 data sheet
     ("H100 PCIe", 756.0),
     ("H100", 989.0),  # SXM
@@ -49,7 +50,7 @@ PEAK_TFLOPS = (
     ("RTX 4090", 165.2),  # NVIDIA Ada whitepaper, float32 accumulation
     ("RTX 3090", 71.0),  # NVIDIA GA102 whitepaper, float32 accumulation
     ("MI300X", 1307.4),  # AMD Instinct MI300X data sheet
-    ("MI250X", 383.0),
+    ("MI250X", 191.5),  # AMD Instinct MI250X data sheet, each of its two dies
 )
 
 
@@ -157,7 +158,7 @@ class Metrics:
             os.close(self._file)
             self._file = None
         if self._run is not None:
-            self._run.finish(exit_code=exit_code, quiet=True)
+            self._run.finish(exit_code=exit_code)
             self._run = None
 
     def __enter__(self) -> "Metrics":
@@ -333,7 +334,8 @@ class Progress:
         self.stream = stream or sys.stdout
         self.live = not self.silent and self.stream.isatty()
         self.every_steps, self.every_seconds = every_steps, every_seconds
-        self._rate: float | None = None  # seconds per step, smoothed
+        self._seconds: deque[float] = deque(maxlen=100)  # of the last steps
+        self._warm = False
         self._shown = False
         self._last = (-(10**9), -math.inf)  # (step, time) of the last plain line
         self._filter = _ClearLine(self)
@@ -359,8 +361,10 @@ class Progress:
         """
         if self.silent:
             return
-        # The first steps (compilation, caches) must not spoil the estimate for long.
-        self._rate = seconds if self._rate is None else 0.9 * self._rate + 0.1 * seconds
+        if len(self._seconds) == 1 and not self._warm:  # the first step compiles and fills caches
+            self._seconds.clear()
+            self._warm = True
+        self._seconds.append(seconds)
         parts = [*self._pace(step, seconds, tokens, flops), *(f"{k} {_short(v)}" for k, v in (values or {}).items())]
         line = "  ".join(parts)
         if self.live:
@@ -370,10 +374,10 @@ class Progress:
             log.info("%s", line)
 
     def _pace(self, step: int, seconds: float, tokens: float | None, flops: float | None) -> Iterable[str]:
-        assert self._rate is not None
+        left = max(0, self.total - step) * sum(self._seconds) / len(self._seconds)
         yield f"step {step}/{self.total}"
         yield f"{100 * step // max(1, self.total)}%"
-        yield f"eta {duration(self._rate * max(0, self.total - step))}"
+        yield f"eta {duration(left)}"
         yield f"{_short(seconds)} s/step"
         if tokens is not None and seconds > 0:
             yield f"{_thousands(tokens / seconds)} tokens/s"
