@@ -258,10 +258,22 @@ def test_guard_skips_counts_and_stops_with_a_diagnosis():
     guard = Guard(limit=3)
     good, bad = {"loss": 1.0, "norm": 2.0}, {"loss": 1.0, "norm": math.nan}
     assert [guard.check(i, v) for i, v in enumerate((good, bad, bad, good, bad, bad))] == [0, 1, 1, 0, 1, 1]
-    assert guard.state() == {"in_a_row": 2, "total": 4}
+    assert guard.state() == {"in_a_row": {"norm": 2}, "total": 4}
     resumed = Guard(limit=3)
     resumed.restore(guard.state())
-    with pytest.raises(TrainingError, match=r"3 steps in a row .*\(steps 4 to 6; last: loss = inf\)") as caught:
-        resumed.check(6, {"loss": math.inf, "norm": 1.0})
-    assert caught.value.exit_code == 1 and "lower learning rate" in str(caught.value)
+    with pytest.raises(
+        TrainingError, match=r"3 updates in a row .*\(the last in step 6: loss = inf, norm = nan\)"
+    ) as error:
+        resumed.check(6, {"loss": math.inf, "norm": math.nan})
+    assert error.value.exit_code == 1 and "lower learning rate" in str(error.value)
     assert resumed.total == 5
+
+
+def test_guard_is_not_reassured_by_another_optimizer():
+    guard = Guard(limit=3)
+    with pytest.raises(TrainingError, match="norm_generator = nan"):
+        for step in range(9):
+            assert not guard.check(step, {"norm_critic": 1.0})
+            if step % 2 == 0:
+                guard.check(step, {"norm_generator": math.nan})
+    assert step == 4 and guard.total == 3

@@ -285,44 +285,41 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
 
 
 class Guard:
-    """Counts steps with non-finite numbers and ends training after ``limit`` in a row.
+    """Skips updates whose numbers are not finite, and ends training after ``limit`` in a row of the same number.
 
+    In a row means: among the checks that had this number, so that one guard serves optimizers that take turns.
     The values must already be equal on all ranks (reduced losses, :func:`grad_norm`), so that all decide alike.
     """
 
     def __init__(self, limit: int = 10) -> None:
         self.limit = limit
-        self.in_a_row = 0
-        self.total = 0
+        self.total = 0  # updates skipped
+        self.in_a_row: dict[str, int] = {}
 
     def check(self, step: int, values: Mapping[str, float]) -> bool:
-        """Whether to skip the update of step ``step`` because one of its losses or norms is not finite.
+        """Whether to skip an update in step ``step`` because one of its losses or norms is not finite.
 
         Raises:
-            TrainingError: it was the ``limit``-th in a row.
+            TrainingError: it was the ``limit``-th time in a row.
         """
         bad = {name: value for name, value in values.items() if not math.isfinite(value)}
-        if not bad:
-            self.in_a_row = 0
-            return False
-        self.in_a_row += 1
-        self.total += 1
-        if self.in_a_row >= self.limit:
+        self.in_a_row |= {name: self.in_a_row.get(name, 0) + 1 if name in bad else 0 for name in values}
+        self.total += bool(bad)
+        if any(self.in_a_row[name] >= self.limit for name in bad):
             raise TrainingError(self._diagnosis(step, bad))
-        return True
+        return bool(bad)
 
     def _diagnosis(self, step: int, bad: Mapping[str, float]) -> str:
         what = ", ".join(f"{name} = {value}" for name, value in bad.items())
-        since = step - self.in_a_row + 1
         return (
-            f"{self.in_a_row} steps in a row were not finite (steps {since} to {step}; last: {what}) and were skipped; "
-            "the last checkpoint is sound: resume with a lower learning rate, a smaller gradient clip or float32, "
-            "and look at the data of these steps"
+            f"{max(self.in_a_row[name] for name in bad)} updates in a row were not finite and were skipped "
+            f"(the last in step {step}: {what}); the weights are still those before them: resume from the last "
+            "checkpoint with a lower learning rate, a smaller gradient clip or float32, and look at the data since then"
         )
 
-    def state(self) -> dict[str, int]:
+    def state(self) -> dict[str, Any]:
         """For the checkpoint's ``meta``."""
-        return {"in_a_row": self.in_a_row, "total": self.total}
+        return {"total": self.total, "in_a_row": {name: count for name, count in self.in_a_row.items() if count}}
 
-    def restore(self, state: Mapping[str, int]) -> None:
-        self.in_a_row, self.total = state["in_a_row"], state["total"]
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.total, self.in_a_row = state["total"], dict(state["in_a_row"])
