@@ -2,10 +2,8 @@
 
 import argparse
 import difflib
-import logging
 import secrets
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -19,19 +17,20 @@ from vdot.checkpoints import CheckpointInfo, inspect_checkpoint
 from vdot.checkpoints.networks import network_configs
 from vdot.conditioning import Condition
 from vdot.config import GenerateConfig, load_config
+from vdot.entry import enter
 from vdot.errors import CheckpointError, ConfigError, InputError, VdotError, one_line
 from vdot.jobs import Job, read_jobs, run_jobs, summary
 from vdot.memory import MemoryPlan, is_out_of_memory, plan_generation
 from vdot.models.attention import BACKENDS
 from vdot.models.presets import PRESETS
 from vdot.offload import offload_mode
-from vdot.parallel.launch import Launch, arrange, connected, own_device
+from vdot.parallel.launch import Launch, arrange, own_device
 from vdot.parallel.mesh import choose_sizes
 from vdot.parallel.state import Ranks, end_together
 from vdot.pipeline import VdotPipeline, VideoResult, checkpoint_defaults, checkpoint_schedule, explain_out_of_memory
 from vdot.record import check_overwrites, default_folder, fingerprint, settings_hash, writable, write_run
 from vdot.request import Prepared, Request, prepare
-from vdot.runtime import Stages, log, pick_device, pick_dtype, setup_logging, total_memory
+from vdot.runtime import Stages, log, pick_device, pick_dtype, total_memory
 from vdot.sampling import SOLVERS, FewStepSchedule
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -257,30 +256,7 @@ def step_bar(steps: int, shown: bool = True) -> Iterator[Callable[..., None]]:
 
 def main(argv: Sequence[str] | None = None, prog: str = "vace_wan_inference.py") -> int:
     """Exit code: 0 done, 1 some jobs failed, 2 the request cannot be met (one sentence on stderr), 130 Ctrl-C."""
-    setup_logging()
-    ranks = Ranks()
-    try:
-        with connected() as ranks:
-            if ranks.rank:
-                setup_logging(logging.CRITICAL)  # one process speaks; what goes wrong on another is said on stderr
-            return _run(sys.argv[1:] if argv is None else argv, prog, ranks)
-    except VdotError as error:
-        return _stop(ranks, error, f"error: {one_line(error)}", error.exit_code)
-    except KeyboardInterrupt as error:
-        return _stop(ranks, error, "interrupted: nothing half-written is left", 130)
-    except Exception as error:
-        if ranks.world == 1:
-            raise
-        text = f"{traceback.format_exc()}error: rank {ranks.rank}: unexpected {type(error).__name__}: {one_line(error)}"
-        return _stop(ranks, error, text, 1)
-
-
-def _stop(ranks: Ranks, error: BaseException, message: str, code: int) -> int:
-    """Say once, whatever the number of processes, why nothing comes of this; ends the other processes too."""
-    if ranks.world > 1:
-        end_together(ranks, error, message, code)
-    sys.stderr.write(f"{message}\n")
-    return code
+    return enter(partial(_run, sys.argv[1:] if argv is None else argv, prog))
 
 
 def _run(argv: Sequence[str], prog: str, ranks: Ranks) -> int:

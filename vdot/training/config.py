@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from vdot.data.manifest import DataConfig
+from vdot.data.world import WorldConfig
 from vdot.distillation.config import DistillConfig, NoiseConfig
 from vdot.errors import ConfigError
 
@@ -78,6 +79,7 @@ class TrainConfig:
     accumulation: int = 1  # batches per update
     device: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
+    world: WorldConfig = field(default_factory=WorldConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
     schedule: ScheduleNote = field(default_factory=ScheduleNote)
