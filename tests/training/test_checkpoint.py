@@ -28,6 +28,7 @@ from vdot.training.checkpoint import CheckpointStore, restore_rng, rng_state
 from vdot.training.optim import Ema, clip_gradients, make_optimizer, optimizer_state
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
 def make_state(seed: int = 0) -> dict:
@@ -158,6 +159,17 @@ def test_a_full_disk_is_told_once_and_leaves_the_former_checkpoint(tmp_path, lar
         assert steps(tmp_path) == ["step_00000001"] and store.latest() == 1
         store.save(3, state, blocking=True)
         assert steps(tmp_path) == ["step_00000003"]
+
+
+def test_the_last_save_is_made_although_the_one_before_failed(tmp_path, messages, monkeypatch):
+    with CheckpointStore(tmp_path) as store:
+        monkeypatch.setattr(dcp.FileSystemWriter, "write_data", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+        store.save(1, make_state(1))
+        while not store._running[1].done():
+            pass
+        monkeypatch.undo()
+        store.save(2, make_state(2), blocking=True)
+        assert "step 1 could not be written" in messages.text and store.latest() == 2
 
 
 def test_passes_over_damaged_ones_and_reports_them(tmp_path, messages):

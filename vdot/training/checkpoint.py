@@ -113,11 +113,17 @@ class CheckpointStore:
         Waits first for a save that is still going on.
 
         Raises:
-            OutputError: the save before this one failed (this one was not begun), or, if ``blocking``, this one did.
+            OutputError: without ``blocking``, the save before this one failed, and this one was not begun; with it,
+                this one failed (one before gives a warning: a run that is told to stop must save what it has).
         """
         if self._running is not None and not self._running[1].done():
             log.info("the checkpoint of step %d is still being written: waiting for it", self._running[0])
-        self.wait()
+        try:
+            self.wait()
+        except OutputError as error:
+            if not blocking:
+                raise
+            log.warning("warning: %s; trying again now", error)
         notes = json.dumps({part: state.get(part) for part in NOTES})  # now: they may change as well
         self._stage(flatten(state))
         self._running = step, self._pool.submit(self._write, step, notes)
