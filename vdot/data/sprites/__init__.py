@@ -5,7 +5,7 @@
 ``caption(scene, rng)`` says it in words; ``draw_task(seed, task)`` makes a training example of it. Scenes of
 ``split="test"`` hold no combination of colour, shape and motion that a training scene holds.
 
-About 200 clips of 17x64x64 a second on one core of a 2020s server, and 3000 captions.
+A second on one shared core gives about 200 clips of 17x64x64, 130 tasks with all their parts, or 3000 captions.
 """
 
 from vdot.data.sprites.captions import PHRASINGS, caption, corpus
@@ -22,7 +22,7 @@ from vdot.data.sprites.scene import (
     Thing,
     split_of,
 )
-from vdot.data.sprites.tasks import CONTROLS, NEEDS_PERSON, TASKS, TaskClip, build_task, draw_task
+from vdot.data.sprites.tasks import CONTROLS, NEEDS_PERSON, TASKS, TaskClip, build_task, count_references, draw_task
 
 __all__ = [
     "BACKGROUNDS",
@@ -42,6 +42,7 @@ __all__ = [
     "build_task",
     "caption",
     "corpus",
+    "count_references",
     "draw_scene",
     "draw_task",
     "render",

@@ -84,9 +84,9 @@ def draw_scene(
             kinds = ("slide", "walk")
         shapes = ("person",) if person and i == 0 else SHAPES
         drawn.append(draw_thing(rng, split, background, drawn, half, shapes=shapes, kinds=kinds, crowd=count))
-    camera = _draw_camera(rng, drawn)
     if crossing:
         drawn[:2] = _cross(rng, drawn[0], drawn[1], half)
+    camera = _draw_camera(rng, drawn)
     scene = Scene(background, tuple(drawn), camera, crossing, frames, height, width, split)
     return _place(rng, scene, half)
 

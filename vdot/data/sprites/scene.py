@@ -32,7 +32,6 @@ PATTERNS = ("plain", "striped", "spotted", "checked")
 SHAPES = tuple("ball square triangle star heart ring cross moon flower hexagon drop arrow house fish person".split())
 SIZES = {"small": 0.14, "medium": 0.19, "large": 0.25}  # radius; a person's half height is PERSON_SCALE times that
 PERSON_SCALE = 1.4
-PERSON_WIDTH = 0.5  # half width over half height, arms at the side
 
 BACKDROP_COLOURS: dict[str, RGB] = {
     "white": (244, 244, 242),
@@ -136,7 +135,11 @@ class Thing:
 
     @property
     def half_extent(self) -> tuple[float, float]:
-        return (self.radius * PERSON_WIDTH, self.radius) if self.shape == "person" else (self.radius, self.radius)
+        """Half width and half height at scale 1; a person's raised arms included."""
+        if self.shape != "person":
+            return (self.radius, self.radius)
+        raised = self.motion.kind in ("wave", "jump")
+        return (self.radius * (0.7 if raised else 0.5), self.radius * (1.2 if raised else 1.0))
 
     def path(self, u: np.ndarray) -> np.ndarray:
         """``[n, 4]``: centre x, y in the world, angle, scale."""

@@ -85,6 +85,7 @@ OUTLINES: dict[str, np.ndarray] = {
         [0.55, 0.82], [-0.55, 0.82], [-0.55, -0.06], [-0.8, 0.06], [-0.98, -0.36],
     ]),
 }  # fmt: skip
+LARGEST_KEPT = 160  # texels; a sprite of a 128x128 picture
 RING = (0.98, 0.5)  # outer and inner radius
 
 
@@ -128,9 +129,13 @@ class Form:
     height: np.ndarray
 
 
-@lru_cache(maxsize=512)
 def form(shape: str, n: int, softness: float) -> Form:
-    """``softness`` is the width of the edge in texels: one pixel of the final picture."""
+    """``softness`` is the width of the edge in texels: one pixel of the final picture. Small ones are kept."""
+    return (_form if n <= LARGEST_KEPT else _form.__wrapped__)(shape, n, softness)
+
+
+@lru_cache(maxsize=512)  # at most 370 MB, and 40 MB in practice at 64x64
+def _form(shape: str, n: int, softness: float) -> Form:
     texel = 2 * REACH / n
     axis = ((np.arange(n) + 0.5) * texel - REACH).astype(np.float32)
     x, y = np.meshgrid(axis, axis)

@@ -36,6 +36,9 @@ TASKS: tuple[str, ...] = (
 )  # fmt: skip
 NEEDS_PERSON = frozenset(("pose", "firstframe_pose", "reference_pose", "animate_anything", "character_replacement"))
 NEEDS_SEVERAL = frozenset(("r2v_several",))
+WITH_REFERENCE = frozenset(task for task in TASKS if task.startswith(("r2v", "reference_"))) | {
+    "swap_anything", "animate_anything", "expand_anything", "character_replacement", "try_on",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,12 +75,27 @@ class TaskClip:
 
 def draw_task(seed: int, task: str | None = None, split: Split = "train", **options: Any) -> TaskClip:
     """The example of a seed: a scene that suits the task (or a drawn one); options as in :func:`draw_scene`."""
+    scene, task, rng = _task_scene(seed, task, split, options)
+    return build_task(scene, task, rng)
+
+
+def count_references(seed: int, task: str | None = None, split: Split = "train", **options: Any) -> int:
+    """How many :func:`draw_task` would give, known without a picture: batches are planned by it."""
+    scene, task, _ = _task_scene(seed, task, split, options)
+    if task == "r2v_several":
+        return len(scene.things)
+    return int(task in WITH_REFERENCE)
+
+
+def _task_scene(seed: int, task: str | None, split: Split, options: dict[str, Any]) -> tuple[Scene, str, Rng]:
+    if task is not None and task not in TASKS:
+        raise InputError(f"unknown task {task!r}: use one of {', '.join(TASKS)}")
     rng = np.random.default_rng([seed, split == "test", 1])
     task = task or pick(rng, TASKS)
     options = {"person": task in NEEDS_PERSON or (task == "try_on" and rng.random() < 0.6), **options}
     if task in NEEDS_SEVERAL:
         options.setdefault("things", int(rng.integers(2, 4)))
-    return build_task(draw_scene(seed, split, **options), task, rng)
+    return draw_scene(seed, split, **options), task, rng
 
 
 def build_task(source: Scene | Clip, task: str, rng: Rng) -> TaskClip:
