@@ -5,7 +5,7 @@
 ``caption(scene, rng)`` says it in words; ``draw_task(seed, task)`` makes a training example of it. Scenes of
 ``split="test"`` hold no combination of colour, shape and motion that a training scene holds.
 
-A second on one shared core gives about 200 clips of 17x64x64, 130 tasks with all their parts, or 3000 captions.
+A second on one core of a busy machine gives 150 to 200 clips of 17x64x64, 110 tasks with all parts, or 3000 captions.
 """
 
 from vdot.data.sprites.captions import PHRASINGS, caption, corpus
