@@ -2,9 +2,7 @@
 """A training table through text encoder and autoencoder, once: training then reads what comes of it."""
 
 import argparse
-import logging
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -68,45 +66,29 @@ def parse(argv: Sequence[str]) -> Any:
     return load_config(EncodeConfig, args["config"], args["overrides"], given)
 
 
-def run(argv: Sequence[str], ranks: Any) -> None:
+def run(argv: Sequence[str], ranks: Any) -> int:
     from vdot.data.encoding import encode_table
     from vdot.parallel.launch import Launch, own_device
-    from vdot.runtime import log, pick_device, setup_logging
+    from vdot.runtime import log, pick_device
 
-    setup_logging(logging.CRITICAL if ranks.rank else logging.INFO)  # one process speaks
     with ranks.agree():
         config = parse(argv)
         device = own_device(pick_device(config.device), Launch.from_environment())
     summary = encode_table(config, device, ranks)
     for line in summary.lines() if summary is not None else ():
         log.info("%s", line)
+    return 0
 
 
 def main(argv: Sequence[str]) -> int:
     """Exit code: 0 done, 2 something is to be mended (one sentence on stderr), 130 Ctrl-C."""
-    from vdot.errors import VdotError, one_line
-    from vdot.parallel.launch import connected
-    from vdot.parallel.state import Ranks, end_together
+    from vdot.entry import enter
 
-    ranks = Ranks()
-    try:
-        with connected() as ranks:
-            run(argv, ranks)
-        return 0
-    except VdotError as caught:
-        error: BaseException = caught
-        message, code = f"error: {one_line(caught)}", caught.exit_code
-    except KeyboardInterrupt as caught:
-        error, message, code = caught, "interrupted: what was written stays, the same command goes on", 130
-    except Exception as caught:
-        if ranks.world == 1:
-            raise
-        error, message, code = caught, f"{traceback.format_exc()}error: rank {ranks.rank}: {one_line(caught)}", 1
-    if ranks.world > 1:
-        end_together(ranks, error, message, code)
-    sys.stderr.write(f"{message}\n")
-    return code
+    return enter(lambda ranks: run(argv, ranks))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:  # the libraries take seconds to import
+        sys.exit(130)

@@ -21,7 +21,7 @@ from torch import Tensor
 from vdot.checkpoints import inspect_checkpoint
 from vdot.checkpoints.layouts import PART_NAMES
 from vdot.data.batch import Batch, Example, Shape, collate
-from vdot.data.decoding import Workers, decode
+from vdot.data.decoding import FatalRowError, Workers, decode
 from vdot.data.encoding import Encoder, load_encoder, weights_identity
 from vdot.data.manifest import DataConfig, Entry, Layout, check_table
 from vdot.data.shards import NEGATIVE, Settings, find_rows, read_index, read_row, read_shard, unpack
@@ -354,14 +354,24 @@ class Feeder:
         raise InputError(f"no row of the shape {shape} can be read any more; the first failed with: {self._bad[drawn]}")
 
     def _try(self, row: int) -> Example | None:
-        try:
-            example = self.source.load(row)
-            if example.shape != self.source.shapes[row] or (example.real is not None) != self.source.paired[row]:
-                raise InputError(f"it has become {example.shape}, which is not what it was when training began")
-            return example
-        except (InputError, OSError) as error:
-            self._report(row, one_line(error))
-            return None
+        error: Exception | None = None
+        for _ in range(2):  # a network disk may have stumbled
+            try:
+                return self._checked(row)
+            except (InputError, OSError) as caught:
+                error = caught
+                if isinstance(caught, FatalRowError):
+                    break
+        assert error is not None
+        self._report(row, one_line(error))
+        return None
+
+    def _checked(self, row: int) -> Example:
+        """Batches are made by what was known of a row before, so it must still be that."""
+        example = self.source.load(row)
+        if example.shape != self.source.shapes[row] or (example.real is not None) != self.source.paired[row]:
+            raise InputError(f"it has become {example.shape}, which is not what it was when training began")
+        return example
 
     def _report(self, row: int, reason: str) -> None:
         with self._lock:

@@ -1,7 +1,6 @@
 """A row's files to pixels, in processes of their own: a decoder that crashes or hangs takes no training run with it."""
 
 import multiprocessing
-import pickle
 import signal
 import threading
 import traceback
@@ -81,11 +80,15 @@ def _key(*parts: Any) -> bytes:
     return digest.digest()
 
 
+class FatalRowError(InputError):
+    """A row that ends the process which decodes it; trying again would end another."""
+
+
 class Workers:
     """Processes that run ``function``, which lives in an importable module; ``call`` may come from many threads.
 
     A process that dies or hangs is reported, started anew and given its call once more. What kills two processes in a
-    row is a fault of the call: ``InputError``. Without processes the calls are made where they come from.
+    row is a fault of the call: ``FatalRowError``. Without processes the calls are made where they come from.
     """
 
     def __init__(self, function: Callable[..., Any], count: int, patience: float = PATIENCE) -> None:
@@ -108,7 +111,7 @@ class Workers:
             try:
                 return worker.call(args)
             except _Lost as lost:
-                raise InputError(f"decoding it a second time, the process {lost} again") from lost
+                raise FatalRowError(f"decoding it a second time, the process {lost} again") from lost
         finally:
             self._idle.put(worker)
 
@@ -140,11 +143,11 @@ class _Worker:
     def call(self, args: tuple[Any, ...]) -> Any:
         line = self._start()
         try:
-            line.send_bytes(pickle.dumps(args))
+            line.send(args)
             if not line.poll(self.patience):
                 self._kill()
                 raise _Lost(f"has not answered for {self.patience:.0f} s")
-            answer, value = pickle.loads(line.recv_bytes())
+            answer, value = line.recv()
         except (EOFError, OSError) as error:
             code = self._kill()
             if self._closed:
@@ -200,7 +203,7 @@ def _serve(line: Connection, function: Callable[..., Any]) -> None:
     torch.set_num_threads(1)
     while True:
         try:
-            args = pickle.loads(line.recv_bytes())
+            args = line.recv()
         except (EOFError, OSError):
             return
         try:
@@ -210,6 +213,6 @@ def _serve(line: Connection, function: Callable[..., Any]) -> None:
         except Exception:
             answer = ("unknown", traceback.format_exc())
         try:
-            line.send_bytes(pickle.dumps(answer, protocol=pickle.HIGHEST_PROTOCOL))
+            line.send(answer)
         except OSError:
             return

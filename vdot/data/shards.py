@@ -12,6 +12,7 @@ discriminator compares them with samples that were never rounded.
 """
 
 import json
+import math
 import os
 import struct
 from collections.abc import Sequence
@@ -139,7 +140,7 @@ def _checksum(key: str, stored: dict[str, Tensor]) -> str:
     digest = blake2b(key.encode(), digest_size=16)
     for name in NAMES:
         if name in stored:
-            digest.update(f"{name} {tuple(stored[name].shape)}".encode())
+            digest.update(f"{name} {stored[name].dtype} {tuple(stored[name].shape)}".encode())
             digest.update(stored[name].reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
@@ -159,9 +160,10 @@ def read_shard(path: Path) -> dict[str, Place]:
         for name, entry in table.items():
             number, _, part = name.partition(".")
             first, last = (8 + length + offset for offset in entry["data_offsets"])
-            if last > size:
+            dtype, shape = SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"])
+            if last > size or last - first != math.prod(shape) * dtype.itemsize:
                 raise ValueError
-            tensors[int(number)][part] = (SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"]), first, last)
+            tensors[int(number)][part] = (dtype, shape, first, last)
         for number, header in enumerate(headers):
             places[header["key"]] = Place(path, number, header["checksum"], tensors[number])
         return places
