@@ -94,7 +94,7 @@ def merge_config(base: T, values: Mapping[str, Any], where: str) -> T:
             around[key] = value
         else:
             around.pop(key, None)
-            through[key] = value.strip("[]").split(",") if isinstance(value, str) and _is_list(kinds) else value
+            through[key] = _split(value) if isinstance(value, str) and _is_list(kinds) else value
     plain = replace(cast(Any, base), **{k: "" for k in around if _interpreted(getattr(base, k))})
     try:
         merged = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(plain), OmegaConf.create(through)))
@@ -114,6 +114,11 @@ def _kinds(schema: type, key: str) -> tuple[Any, ...]:
     hint = get_type_hints(schema)[key]
     options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     return tuple(kind for kind in options if kind is not NoneType)
+
+
+def _split(text: str) -> list[str]:
+    """"[a, b]" or "a,b" -> its parts; "[]" has none."""
+    return [part.strip() for part in text.strip().strip("[]").split(",") if part.strip()]
 
 
 def _is_list(kinds: tuple[Any, ...]) -> bool:

@@ -137,6 +137,9 @@ def _score(cast: Cast, x: Tensor, batch: Batch, draws: Draws, purpose: str, conf
 
 def _transport(scores: Scores, config: DistillConfig, log: Log) -> Tensor:
     """d OT(F's x0, R's x0) / d F's x0, every frame a cloud of 16-d points."""
+    if not bool(scores.fake.isfinite().all() & scores.real.isfinite().all()):
+        log["ot_cost"] = torch.full((), torch.nan)  # the step will be skipped; there is nothing to transport
+        return torch.full_like(scores.fake, torch.nan)
     grad, transport = transport_latents(scores.fake.transpose(1, 2), scores.real.transpose(1, 2), config.ot)
     log["ot_cost"] = transport.cost.mean()
     log["ot_marginal_error"] = transport.marginal_error.mean()

@@ -6,6 +6,7 @@ so that each group has one type; the large time embeddings are float32 groups of
 """
 
 import inspect
+import warnings
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from torch.distributed.tensor import DTensor
 
 from vdot.errors import MissingDependencyError
 from vdot.models.vace import VaceDiT
+
+# A block's result may be a view (of a matrix product); nothing here adds to one in place.
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 WHOLE = ("modulation", "norm", "head.")  # the small ones of VaceDiT.FLOAT32_ISLANDS
 

@@ -23,7 +23,6 @@ from vdot.models.vace import VaceDiT
 from vdot.parallel.mesh import Group, Mesh
 from vdot.parallel.ring import ring_attention
 
-
 BUCKET = 2**24  # elements of one all-reduce of gradients
 
 

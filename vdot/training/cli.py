@@ -23,6 +23,7 @@ from vdot.parallel.launch import Launch, own_device
 from vdot.parallel.state import Ranks
 from vdot.pipeline import checkpoint_defaults
 from vdot.runtime import log, pick_device
+from vdot.training.autoencoder import Autoencoder
 from vdot.training.config import TrainConfig
 from vdot.training.loop import export_only, train
 from vdot.training.objectives import Distill, Flow, Objective
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "train.py") -> int:
 def parse(argv: Sequence[str], prog: str) -> tuple[TrainConfig, argparse.Namespace]:
     """Defaults, then ``--config``, then ``key=value``. ``ConfigError`` for anything not understood."""
     form = argparse.RawDescriptionHelpFormatter
-    description = "Distil a VACE teacher into a few-step generator (VDOT), or train a teacher."
+    description = "Distil a VACE teacher into a few-step generator (VDOT), or train a teacher or an autoencoder."
     parser = _Parser(prog, description=description, epilog=EPILOG, formatter_class=form, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values over those of the YAML")
     parser.add_argument("--config", metavar="FILE", help="YAML of configs/train, or your own")
@@ -65,11 +66,11 @@ def parse(argv: Sequence[str], prog: str) -> tuple[TrainConfig, argparse.Namespa
         names = ", ".join(sorted(path.name for path in (ROOT / "configs" / "train").glob("*.yaml")))
         raise ConfigError(f"give --config FILE; there are configs/train: {names}")
     config = load_config(TrainConfig, _find(args.config), args.overrides)
-    if config.ckpt_dir is None:
+    if config.ckpt_dir is None and config.objective != "vae":
         raise ConfigError("ckpt_dir is missing: give the checkpoint folder of the teacher, ckpt_dir=models/...")
     name = Path(args.config).stem if args.config else "run"
     output = config.output_dir or str(Path("results") / "train" / name)
-    return replace(config, output_dir=output, ckpt_dir=_in_root(config.ckpt_dir)), args
+    return replace(config, output_dir=output, ckpt_dir=config.ckpt_dir and _in_root(config.ckpt_dir)), args
 
 
 def _find(path: str | None) -> str | None:
@@ -94,10 +95,13 @@ def _run(argv: Sequence[str], prog: str, ranks: Ranks) -> int:
     with ranks.agree():
         config, args = parse(argv, prog)
         device = own_device(pick_device(config.device), Launch.from_environment())
-        inspect_checkpoint(config.ckpt_dir or "")
+        if config.ckpt_dir is not None:
+            inspect_checkpoint(config.ckpt_dir)
     with ExitStack() as stack:
 
         def open_objective() -> Objective:
+            if config.objective == "vae":
+                return Autoencoder(config, ranks, device)
             source = open_data(config, device, ranks)
             stack.callback(source.close)
             return OBJECTIVES[config.objective](config, ranks, device, source)

@@ -7,7 +7,7 @@ from vdot.data.world import WorldConfig
 from vdot.distillation.config import DistillConfig, NoiseConfig
 from vdot.errors import ConfigError
 
-OBJECTIVES = ("distill", "flow")
+OBJECTIVES = ("distill", "flow", "vae")
 
 
 @dataclass
@@ -56,6 +56,22 @@ class FlowConfig:
 
 
 @dataclass
+class VaeConfig:
+    """The autoencoder, trained on clips of the procedural world (``world.size``, ``frames``, ``tasks``, ``seed``)."""
+
+    base_dim: int = 16  # channels at full resolution; an existing autoencoder (ckpt_dir) keeps its own
+    lengths: list[int] = field(default_factory=lambda: [1, 5, 17])  # frames; in turn, short clips in larger batches
+    conditions: float = 0.4  # share of clips that are not real: controls, masked sources, references on white
+    edges: float = 1.0  # weight of differences between neighbouring pixels beside that of the pixels
+    motion: float = 0.5  # weight of differences between frames
+    kl: float = 1e-4  # weight of the posterior's divergence, nats per latent value
+    evaluate_every: int = 100  # steps; 0: never
+    evaluate_clips: int = 12  # held out, of each kind
+    statistics_clips: int = 256  # whose latents an export makes standard
+    text_encoder: str | None = None  # checkpoint whose text encoder goes into the export as well
+
+
+@dataclass
 class ScheduleNote:
     """How a teacher trained here wants to be sampled; a distilled generator has its own schedule."""
 
@@ -69,7 +85,7 @@ class ScheduleNote:
 class TrainConfig:
     """One run. ``None`` means: what the checkpoint says."""
 
-    objective: str = "distill"  # distill: VDOT | flow: flow matching on real clips
+    objective: str = "distill"  # distill: VDOT | flow: flow matching on real clips | vae: the autoencoder
     ckpt_dir: str | None = None  # the teacher; also where generator and fake score begin
     generator_init: str | None = None  # another checkpoint for the generator, e.g. of an earlier stage
     output_dir: str | None = None  # None: results/train/<name of the YAML>
@@ -82,6 +98,7 @@ class TrainConfig:
     world: WorldConfig = field(default_factory=WorldConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
+    vae: VaeConfig = field(default_factory=VaeConfig)
     schedule: ScheduleNote = field(default_factory=ScheduleNote)
     generator: OptimizerConfig = field(default_factory=OptimizerConfig)
     critic: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=4e-7))  # fake score and discriminator
@@ -95,7 +112,9 @@ class TrainConfig:
     sample_tasks: int = 8  # tasks in a grid, at most
     max_bad_steps: int = 10  # non-finite steps in a row before training stops
     export_every: int = 0  # 0: at the end only
-    export_layouts: list[str] = field(default_factory=lambda: ["native"])  # native, vdot (vdot_14b.pt), diffusers
+    export_layouts: list[str] = field(
+        default_factory=lambda: ["native"]
+    )  # native, vdot (vdot_14b.pt), diffusers; none: no export
     export_dtype: str = "bfloat16"
     wandb: str = "disabled"  # disabled | offline | online
     wandb_project: str = "vdot"

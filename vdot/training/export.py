@@ -23,7 +23,7 @@ from vdot.video import atomic_path
 def export(
     config: TrainConfig, networks: Networks, ema: Ema | None, schedule: FewStepSchedule, folder: Path, ranks: Ranks
 ) -> Path:
-    """Write the generator (its moving average, where there is one) into ``folder``; returns the first layout's.
+    """Write the generator (its moving average, where there is one) into ``folder``; returns that.
 
     ``native`` goes into ``folder`` itself, other layouts into folders beside it, adapters into ``folder-lora``.
     Collective: the weights are brought together on the first rank, which writes.
@@ -31,6 +31,8 @@ def export(
     Raises:
         OutputError: not writable; nothing half-written is left.
     """
+    if not config.export_layouts:
+        return folder
     dit = next(iter(networks.dits.values()))
     with ema.swapped(dit) if ema is not None else nullcontext():
         weights = gather(networks, ranks)
@@ -41,7 +43,7 @@ def export(
     with ranks.agree():
         if ranks.rank == 0:
             _write(config, networks, weights, schedule, targets, folder.with_name(f"{folder.name}-lora"), ema)
-    return next(iter(targets.values()))
+    return folder
 
 
 @torch.no_grad()
@@ -55,7 +57,7 @@ def gather(networks: Networks, ranks: Ranks) -> dict[str, Tensor]:
         value = parameter.detach()
         value = value.full_tensor() if hasattr(value, "full_tensor") else value
         if ranks.rank == 0:
-            weights[name] = value.cpu()
+            weights[name] = value.to("cpu", copy=True)  # the average is about to be swapped out again
     return weights
 
 

@@ -5,6 +5,7 @@ them.
 """
 
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,9 +45,10 @@ def add_adapters(dit: VaceDiT, config: LoraConfig, seed: int) -> "Adapters":
         )
     dit.requires_grad_(False)
     options: dict[str, Any] = {"r": config.rank, "lora_alpha": config.alpha or config.rank, "target_modules": names}
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(seed)  # equal on all ranks
         for adapter in ADAPTERS:
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what we mean
             peft.inject_adapter_in_model(peft.LoraConfig(**options), dit, adapter_name=adapter)
     for name, parameter in dit.named_parameters():
         if "lora_" in name:
@@ -105,10 +107,11 @@ class Adapters:
         return weights
 
     def factors(self, adapter: str) -> dict[str, tuple[Tensor, Tensor]]:
-        """``{layer: (A [r, in], B [out, r])}``; the weight changes by ``alpha / r * B A``."""
+        """``{layer: (A [r, in], B [out, r])}``, copies; the weight changes by ``alpha / r * B A``."""
+        sides = {name: (layer.lora_A[adapter], layer.lora_B[adapter]) for name, layer in self.layers.items()}
         return {
-            name: (layer.lora_A[adapter].weight.detach().cpu(), layer.lora_B[adapter].weight.detach().cpu())
-            for name, layer in self.layers.items()
+            name: (a.weight.detach().to("cpu", copy=True), b.weight.detach().to("cpu", copy=True))
+            for name, (a, b) in sides.items()
         }
 
 

@@ -204,9 +204,9 @@ def taps_of(dit: DitConfig, gan: GanConfig) -> tuple[int, ...]:
     """Blocks that the discriminator looks at. ``ConfigError`` when there are none such."""
     preset = next((p for p in PRESETS.values() if (p.dit.dim, p.dit.num_layers) == (dit.dim, dit.num_layers)), None)
     last = dit.num_layers
-    spread = (last // 2, (3 * last) // 4, last - 1)  # where the presets have theirs
+    spread = tuple(sorted({last // 2, (3 * last) // 4, last - 1}))  # where the presets have theirs
     taps = tuple(gan.taps) if gan.taps is not None else preset.taps if preset is not None else spread
-    if not taps or list(taps) != sorted(set(taps)) or not 0 <= taps[0] <= taps[-1] < last:
+    if not taps or list(taps) != sorted(set(taps)) or taps[0] < 0 or taps[-1] >= last:
         raise ConfigError(f"distill.gan.taps must be increasing block numbers below {last}, got {list(taps)}")
     return taps
 

@@ -136,6 +136,7 @@ class DitObjective:
 
     schedule: FewStepSchedule
     student: Network
+    updaters: tuple[Updater, ...]
 
     def __init__(self, config: TrainConfig, ranks: Ranks, device: torch.device, source: Source) -> None:
         self.config, self.ranks, self.device, self.source = config, ranks, device, source
@@ -158,6 +159,12 @@ class DitObjective:
     def work(self, step: int, batch: Batch) -> tuple[float, float]:
         latent = batch.shape.latent
         return self.cost.tokens(latent), self.cost.flops(step, latent)
+
+    def state(self) -> State:
+        state: State = {"ema": self.ema.state()} if self.ema is not None else {}
+        for updater in self.updaters:
+            state |= updater.state()
+        return state
 
     def notes(self) -> dict[str, Any]:
         return {"schedule": self.schedule.to_dict(), "data": self.source.identity}
@@ -192,6 +199,7 @@ class Distill(DitObjective):
         self.student = self.cast.generator
         self.generator = Updater("generator", networks.generator, config.generator, config, self.guard)
         self.critic = Updater("critic", networks.critic, config.critic, config, self.guard)
+        self.updaters = (self.generator, self.critic)
 
     def step(self, step: int, batches: Sequence[Batch], section: Section) -> dict[str, float]:
         every = self.config.distill.generator_every
@@ -229,10 +237,6 @@ class Distill(DitObjective):
             )
         return rest
 
-    def state(self) -> State:
-        average = {"ema": self.ema.state()} if self.ema is not None else {}
-        return self.generator.state() | self.critic.state() | average
-
 
 class Flow(DitObjective):
     """Flow matching on real clips, with some prompts replaced by the negative one, for guidance."""
@@ -243,6 +247,7 @@ class Flow(DitObjective):
         self.schedule = FewStepSchedule(note.steps, note.shift, note.solver, note.guide_scale)
         self.student = self.networks.role("generator")
         self.updater = Updater("generator", self.networks.generator, config.generator, config, self.guard)
+        self.updaters = (self.updater,)
 
     def step(self, step: int, batches: Sequence[Batch], section: Section) -> dict[str, float]:
         values = self.updater.update(step, batches, partial(self._differentiate, step, section), section)
@@ -265,9 +270,6 @@ class Flow(DitObjective):
         with section("backward"):
             self.student.backward(share * loss)
         return {"loss": loss.detach()}
-
-    def state(self) -> State:
-        return self.updater.state() | ({"ema": self.ema.state()} if self.ema is not None else {})
 
 
 def drop_text(batch: Batch, negative: Tensor, probability: float, key: tuple[int, int]) -> Batch:

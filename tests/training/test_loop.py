@@ -1,0 +1,271 @@
+"""Whole runs at toy size: what is trained, saved, resumed, skipped and exported."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import ROOT
+from tests.training.toy import ToySource, toy_checkpoint, toy_config
+from vdot import VdotPipeline
+from vdot.checkpoints import load_dit
+from vdot.errors import CheckpointError, ConfigError, InputError, TrainingError
+from vdot.parallel.state import Ranks
+from vdot.training.checkpoint import CheckpointStore
+from vdot.training.cli import OBJECTIVES, main
+from vdot.training.config import TrainConfig
+from vdot.training.loop import export_only, train
+from vdot.training.metrics import read_metrics
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    return toy_checkpoint(tmp_path_factory.mktemp("teacher") / "toy")
+
+
+def run(config: TrainConfig, source: ToySource | None = None) -> str | None:
+    kind = OBJECTIVES[config.objective]
+    return train(config, Ranks(), CPU, partial(kind, config, Ranks(), CPU, source or ToySource()))
+
+
+def saved(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, read without knowing what it should hold."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    path = folder / "checkpoints" / f"step_{step:08d}"
+    reader = dcp.FileSystemReader(path)
+    metadata = reader.read_metadata().state_dict_metadata
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+VARIANTS = {
+    "distill": {},
+    "adapters": {"lora__rank": 2},
+    "flow": {"objective": "flow"},
+    "accumulation": {"accumulation": 2, "generator__betas": "[0.9,0.99]"},
+    "half precision": {"parallel__compute": "bfloat16", "parallel__recompute": "full"},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_resumed_equals_uninterrupted_bit_for_bit(variant, teacher, tmp_path):
+    values = VARIANTS[variant]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run(toy_config(teacher, whole, **values)) is None
+    assert run(toy_config(teacher, parts, **values | {"steps": 3})) is None
+    assert run(toy_config(teacher, parts, **values)) is None
+    assert equal(saved(whole, 6), saved(parts, 6))
+    assert not equal(saved(whole, 3), saved(whole, 6))
+    timing = ("time", "seconds", "tokens_per_second", "tflops_per_second", "memory_gb")
+    lines = [
+        [{k: v for k, v in line.items() if not k.startswith(timing)} for line in read_metrics(folder / "metrics.jsonl")]
+        for folder in (whole, parts)
+    ]
+    assert lines[0] == lines[1] and [line["step"] for line in lines[0]] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_checkpoint_of_other_networks_is_refused(teacher, tmp_path):
+    run(toy_config(teacher, tmp_path, steps=2))
+    with pytest.raises(CheckpointError, match="another training setup"):
+        run(toy_config(teacher, tmp_path, lora__rank=2))
+
+
+def test_only_the_generator_moves_every_second_step_and_the_teacher_never(teacher, tmp_path):
+    before = load_dit(teacher).state_dict()
+    run(toy_config(teacher, tmp_path, steps=2, save_every=1, keep=5))
+    one, two = saved(tmp_path, 1), saved(tmp_path, 2)
+    for name in before:
+        assert torch.equal(one[f"generator/{name}"], two[f"generator/{name}"])
+    assert any(not torch.equal(one[f"generator/{name}"], t) for name, t in before.items())
+    assert any(not torch.equal(one[f"critic/{name}"], two[f"critic/{name}"]) for name in before)
+    assert not any(key.startswith("real") for key in one)
+    assert all(torch.equal(before[k], v) for k, v in load_dit(teacher).state_dict().items())
+
+
+def test_metrics_say_what_a_researcher_asks(teacher, tmp_path):
+    run(toy_config(teacher, tmp_path, steps=4))
+    first, second, third, _ = read_metrics(tmp_path / "metrics.jsonl")
+    scores = {"loss_dmd", "grad_dmd", "grad_ot", "cosine_dmd_ot", "ot_marginal_error", "ot_iterations", "ot_cost"}
+    always = {"loss_fake", "norm_critic", "lr_critic", "tokens_per_second", "bad_steps", "bad_rows", "memory_gb"}
+    assert scores | always | {"norm_generator", "time_rollout", "time_scores", "time_ot"} <= first.keys()
+    assert always <= second.keys() and "norm_generator" not in second
+    assert {"loss_gan", "grad_gan", "loss_discriminator", "logit_real", "logit_fake"} <= third.keys()
+    assert first["ot_iterations"] == 60
+
+
+def test_rows_without_a_real_clip_train_the_other_terms(teacher, tmp_path):
+    run(toy_config(teacher, tmp_path, steps=12, save_every=12), ToySource(gaps=True))
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    turns = [line for line in lines if (line["step"] - 1) % 4 == 2]  # the adversarial ones
+    kinds = {("loss_gan" in line, "loss_dmd" in line) for line in turns}
+    assert kinds == {(True, False), (False, True)}
+
+
+def test_rows_without_a_real_clip_cannot_train_the_discriminator_alone(teacher, tmp_path):
+    with pytest.raises(InputError, match="video_path"):
+        run(toy_config(teacher, tmp_path, distill__dmd__weight=0, distill__ot_weight=0), ToySource(2, gaps=True))
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(teacher, tmp_path):
+    source = ToySource(24, bad=(4, 7, 10))
+    run(toy_config(teacher, tmp_path, steps=30, save_every=30, seed=1), source)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert lines[-1]["bad_steps"] > 0
+    assert any(line["loss_fake"] is None for line in lines)
+    assert all(torch.isfinite(t).all() for t in saved(tmp_path, 30).values())
+
+
+def test_many_such_steps_end_training_with_a_diagnosis(teacher, tmp_path):
+    source = ToySource(24, bad=tuple(range(24)))
+    with pytest.raises(TrainingError, match=r"3 updates in a row were not finite.*lower learning rate"):
+        run(toy_config(teacher, tmp_path, max_bad_steps=3), source)
+
+
+# --- out -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["native", "vdot", "diffusers"])
+def test_an_export_is_loaded_by_the_pipeline_with_its_schedule(layout, teacher, tmp_path):
+    config = toy_config(teacher, tmp_path, steps=3, export_layouts=f"[{layout}]", export_dtype="float32")
+    run(config)
+    folder = tmp_path / ("export" if layout == "native" else f"export-{layout}")
+    pipe = VdotPipeline.from_pretrained(folder, device="cpu", dtype="float32")
+    assert pipe.schedule == config.distill.schedule.build()
+    state = saved(tmp_path, 3)
+    exported = load_dit(folder).state_dict()
+    assert all(torch.equal(exported[name], state[f"ema/{name}"]) for name in exported)
+    assert not all(torch.equal(exported[name], state[f"generator/{name}"]) for name in exported)
+    assert len(pipe("a red ball", size="32*32", frame_num=5).frames) == 5
+    if layout == "vdot":
+        assert (folder / "vdot-weights" / "vdot.pt").is_file()
+
+
+def test_exported_adapters_are_one_change_in_every_form(teacher, tmp_path):
+    """Merged weights, peft's folder and ComfyUI's file all add alpha / r * B A to the teacher."""
+    from safetensors.torch import load_file
+
+    run(
+        toy_config(
+            teacher, tmp_path, steps=3, lora__rank=2, lora__alpha=3.0, export_layouts="[native]", export_dtype="float32"
+        )
+    )
+    before, after = load_dit(teacher).state_dict(), load_dit(tmp_path / "export").state_dict()
+    comfy = load_file(tmp_path / "export-lora" / "comfyui.safetensors")
+    peft = load_file(tmp_path / "export-lora" / "adapter_model.safetensors")
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    layers = {key.removeprefix("diffusion_model.").rpartition(".lora_down")[0] for key in comfy if "lora_down" in key}
+    assert set(changed) == {f"{layer}.weight" for layer in layers} and changed
+    for layer in layers:
+        down, up = (comfy[f"diffusion_model.{layer}.lora_{side}.weight"] for side in ("down", "up"))
+        change = comfy[f"diffusion_model.{layer}.alpha"] / len(down) * up @ down
+        torch.testing.assert_close(after[f"{layer}.weight"] - before[f"{layer}.weight"], change, atol=1e-6, rtol=1e-4)
+        a, b = (peft[f"base_model.model.{layer}.lora_{side}.weight"] for side in "AB")
+        assert torch.equal(a, down) and torch.equal(b, up)
+
+
+def test_the_peft_folder_is_read_by_peft(teacher, tmp_path):
+    from peft import PeftModel
+
+    run(toy_config(teacher, tmp_path, steps=2, lora__rank=2, export_layouts="[native]", export_dtype="float32"))
+    merged, base = load_dit(tmp_path / "export"), load_dit(teacher)
+    adapted = PeftModel.from_pretrained(base, str(tmp_path / "export-lora"))
+    g = torch.Generator().manual_seed(0)
+    inputs = (torch.randn(1, 16, 2, 4, 4, generator=g), torch.tensor([500.0]), torch.randn(1, 5, 128, generator=g))
+    context = torch.randn(1, 96, 2, 4, 4, generator=g)
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(*inputs, context), merged(*inputs, context), atol=1e-5, rtol=1e-4)
+
+
+def test_export_on_demand_needs_a_checkpoint(teacher, tmp_path):
+    config = toy_config(teacher, tmp_path)
+    opened = partial(OBJECTIVES["distill"], config, Ranks(), CPU, ToySource())
+    with pytest.raises(ConfigError, match="no checkpoint to export"):
+        export_only(config, Ranks(), CPU, opened)
+
+
+# --- as a user runs it -----------------------------------------------------------------------------------------------
+
+
+def start(output: Path, *values: str) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "training" / "train.py"), "--config", "tiny", f"output_dir={output}"]
+    values = ("sample_every=0", "batch_size=1", "world.clips=4", "world.size=32", "world.frames=5", *values)
+    return subprocess.Popen(
+        [*command, *values],
+        cwd=output.parent,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_step(output: Path, step: int) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        path = output / "metrics.jsonl"
+        if path.exists() and any(line["step"] >= step for line in read_metrics(path)):
+            return
+        time.sleep(0.05)
+    pytest.fail(f"no step {step} within a minute")
+
+
+def test_a_stopped_run_saves_and_goes_on(tmp_path):
+    """SIGTERM: exit code 0, everything saved, and how to go on; the same command then ends the run and exports."""
+    output = tmp_path / "run"
+    first = start(output, "steps=1000")
+    wait_for_step(output, 2)
+    first.send_signal(signal.SIGTERM)
+    out, errors = first.communicate(timeout=60)
+    assert first.returncode == 0, errors
+    assert "resume with" in out and "SIGTERM" in out
+    step = CheckpointStore(output / "checkpoints", read_only=True).latest()
+    assert step == read_metrics(output / "metrics.jsonl")[-1]["step"] >= 2
+    second = start(output, f"steps={step + 1}")
+    out, errors = second.communicate(timeout=60)
+    assert second.returncode == 0, errors
+    assert f"resumed {output} at step {step}" in out
+    assert json.loads((output / "export" / "schedule.json").read_text())["solver"] == "renoise"
+
+
+@pytest.mark.parametrize(
+    "argv,message",
+    [
+        ([], "give --config FILE"),
+        (["--config", "tinny"], "did you mean tiny?"),
+        (["--config", "tiny", "distil.ot_weight=1"], "unknown key 'distil'; did you mean distill?"),
+        (["--config", "tiny", "distill.ot.epz=1"], "unknown key 'epz'; did you mean eps?"),
+        (["--config", "tiny", "distill.balance=rsm"], "balance must be one of rms, release"),
+        (["--config", "tiny", "ckpt_dir=nowhere"], "nowhere"),
+        (["--config", "tiny", "world.clips=0"], "name the training data"),
+        (["--config", "tiny", "world.tasks=[teleport]"], "the world has no task 'teleport'"),
+        (["--config", "tiny", "batch_size=0"], "batch_size must be at least 1"),
+        (["--config", "tiny", "data.path=missing.csv", "world.clips=0"], "missing.csv"),
+        (["--frobnicate"], "unrecognized arguments: --frobnicate"),
+    ],
+)
+def test_bad_input_gets_one_sentence(argv, message, tmp_path, capsys):
+    output = [f"output_dir={tmp_path / 'run'}"] if argv and argv[0] == "--config" else []
+    code = main([*argv, *output])
+    error = capsys.readouterr().err.strip()
+    assert code == 2 and message in error and len(error.splitlines()) == 1 and error.startswith("error: ")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
