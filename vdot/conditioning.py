@@ -83,6 +83,21 @@ def _encode(vae: Encoder, video: Tensor) -> Tensor:
     return vae.encode(video[None])[0].float()
 
 
+def split_clips(condition: Condition) -> tuple[list[Tensor], Tensor]:
+    """Clips ``[3, T, H, W]`` that the VAE is given: inactive, reactive and the references; the mask ``[T, H, W]``."""
+    clip = (condition.frames, condition.height, condition.width)
+    nothing = torch.zeros(3, *clip)
+    if condition.source is None:
+        inactive, reactive, mask = nothing, nothing, torch.ones(clip)
+    elif condition.mask is None:
+        inactive, reactive, mask = nothing, condition.source, torch.ones(clip)
+    else:
+        mask = condition.mask
+        changes = (mask > MASK_THRESHOLD).float()
+        inactive, reactive = condition.source * (1 - changes), condition.source * changes
+    return [inactive, reactive, *condition.references], mask
+
+
 def encode_context(
     vae: Encoder,
     condition: Condition,
@@ -94,17 +109,8 @@ def encode_context(
     ``encode_clips`` encodes several clips ``[3, T, H, W]`` to ``[16, F, h, w]`` in place of ``vae``, one by one: that
     is how ranks share the work.
     """
-    clip = (condition.frames, condition.height, condition.width)
-    nothing = torch.zeros(3, *clip)
-    if condition.source is None:
-        inactive, reactive, mask = nothing, nothing, torch.ones(clip)
-    elif condition.mask is None:
-        inactive, reactive, mask = nothing, condition.source, torch.ones(clip)
-    else:
-        mask = condition.mask
-        changes = (mask > MASK_THRESHOLD).float()
-        inactive, reactive = condition.source * (1 - changes), condition.source * changes
-    clips = (clip.to(device) for clip in (inactive, reactive, *condition.references))
+    parts, mask = split_clips(condition)
+    clips = (clip.to(device) for clip in parts)
     encoded = [_encode(vae, clip) for clip in clips] if encode_clips is None else encode_clips(list(clips))
     latents, lead = torch.cat(encoded[:2]), encoded[2:]
     context = torch.cat([latents, mask_latents(mask.to(device))])

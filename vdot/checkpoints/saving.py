@@ -81,6 +81,23 @@ def save_checkpoint(
     return target
 
 
+def save_encoders(
+    folder: str | Path,
+    text_encoder: UMT5TextEncoder | None = None,
+    vae: WanVAE | None = None,
+    *,
+    overwrite: bool = False,
+) -> Path:
+    """Write the networks around a transformer alone, as ``text_encoder/``, ``tokenizer/`` and ``vae/``; the folder.
+
+    ``load_text_encoder`` and ``load_vae`` read it, and a transformer can be added. Errors as :func:`save_checkpoint`.
+    """
+    target = Path(folder).expanduser().absolute()
+    with _atomic_folder(target, overwrite) as work:
+        _save_libraries(work, text_encoder, vae)
+    return target
+
+
 @contextmanager
 def _atomic_folder(target: Path, overwrite: bool) -> Iterator[Path]:
     """A new folder that takes the place of ``target`` when the block ends well, and disappears when it does not."""

@@ -43,7 +43,7 @@ class Updater:
         self.optimizer = make_optimizer(trained.parameters, config.lr, betas, config.weight_decay, config.eps)
 
     def update(
-        self, step: int, batches: Sequence[Batch], differentiate: Callable, section: Section
+        self, step: int, batches: Sequence[Any], differentiate: Callable, section: Section
     ) -> dict[str, float]:
         """``differentiate(batch, share)`` leaves gradients behind and returns its log, for each micro batch.
 

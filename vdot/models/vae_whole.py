@@ -1,0 +1,82 @@
+"""AutoencoderKLWan on whole clips, for training: the function that :class:`vdot.models.vae.WanVAE` computes in pieces.
+
+The causal memories of inference hold what the layers saw earlier; a layer that sees the whole clip at once needs none.
+Two things remain of the pieces: the first frame makes a latent frame of its own, so the layers that halve or double the
+frame rate leave it alone; and doubling starts with zeros before the second latent frame, not with the first.
+"""
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanResample, WanRMS_norm
+from torch import Tensor, nn
+
+TINIEST = 1e-24  # of a squared norm: the library bounds the norm by 1e-12
+
+
+class _CausalConv3d(WanCausalConv3d):
+    """Rows and columns are padded by the kernel; only time needs a copy."""
+
+    def forward(self, x: Tensor, cache_x: None = None) -> Tensor:
+        columns, _, rows, _, past, _ = cast(tuple[int, ...], self._padding)
+        if past:
+            x = F.pad(x, (0, 0, 0, 0, past, 0))
+        return F.conv3d(x, self.weight, self.bias, self.stride, (0, rows, columns))
+
+
+class _RMSNorm(WanRMS_norm):
+    """Over channels: the sum of squares in float32, everything of the picture's size in the input's own type."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = (x.float().square().mean(1, keepdim=True) + TINIEST).rsqrt()
+        return x * scale.to(x.dtype) * self.gamma.to(x.dtype)
+
+
+class _Resample(WanResample):
+    """Half or double size, and on request frame rate."""
+
+    def forward(self, x: Tensor, feat_cache: None = None, feat_idx: None = None) -> Tensor:
+        """``x [B, C, T, H, W]``."""
+        first, rest = x[:, :, :1], x[:, :, 1:]
+        if self.mode == "upsample3d" and rest.shape[2]:
+            x = torch.cat([first, self.time_conv(rest).unflatten(1, (2, -1)).movedim(1, 3).flatten(2, 3)], dim=2)
+        batch, frames = x.shape[0], x.shape[2]
+        pictures = x.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        if self.mode.startswith("upsample"):
+            pictures = self.resample[1](F.interpolate(pictures, scale_factor=2.0, mode="nearest"))
+        else:
+            pictures = self.resample(pictures)
+        x = pictures.unflatten(0, (batch, frames)).transpose(1, 2)
+        if self.mode == "downsample3d" and frames > 1:
+            x = torch.cat([x[:, :, :1], self.time_conv(x)], dim=2)
+        return x
+
+
+WHOLE: dict[type, type] = {WanCausalConv3d: _CausalConv3d, WanRMS_norm: _RMSNorm, WanResample: _Resample}
+
+
+class WholeClipVAE(nn.Module):
+    """``encode`` and ``decode`` between pixels in [-1, 1] and latents that are not normalised, with gradients.
+
+    ``model`` is changed in place: the same parameters under the same names.
+    """
+
+    def __init__(self, model: AutoencoderKLWan) -> None:
+        super().__init__()
+        self.model = cast(Any, model)  # the library's modules carry no type hints
+        for module in self.model.modules():
+            module.__class__ = WHOLE.get(type(module), type(module))
+            if isinstance(module, nn.Conv3d):
+                module.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+
+    def encode(self, video: Tensor) -> tuple[Tensor, Tensor]:
+        """``video [B, 3, 4k+1, H, W]`` -> the posterior's mean and log variance, each ``[B, z, k+1, H/8, W/8]``."""
+        video = video.contiguous(memory_format=torch.channels_last_3d)
+        mean, log_variance = self.model.quant_conv(self.model.encoder(video)).chunk(2, dim=1)
+        return mean, log_variance.clamp(-30, 20)  # the library's bounds
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """``latents [B, z, k+1, h, w]`` -> video ``[B, 3, 4k+1, 8h, 8w]``, not clamped."""
+        return self.model.decoder(self.model.post_quant_conv(latents))
