@@ -49,7 +49,9 @@ ENTRIES = (
     "vdot.record",
     "vdot.request",
     "vdot.distillation",
+    "vdot.training",
     "vdot.evaluate",
+    "vdot.entry",
 )
 FORBIDDEN = {
     "vdot.checkpoints": ENTRIES,
@@ -61,7 +63,11 @@ FORBIDDEN = {
     "vdot.config": (*ENTRIES, "vdot.models", "vdot.checkpoints"),
     "vdot.errors": ("vdot",),
     "vdot.request": ("vdot.cli", "vdot.pipeline", "vdot.jobs", "vdot.models", "vdot.sampling"),
-    "vdot.pipeline": ("vdot.cli", "vdot.jobs", "vdot.record", "vdot.config"),
+    "vdot.data": tuple(entry for entry in ENTRIES if entry != "vdot.request"),
+    "vdot.distillation": (*(e for e in ENTRIES if e != "vdot.distillation"), "vdot.checkpoints", "vdot.video"),
+    "vdot.training": ("vdot.cli", "vdot.jobs", "vdot.record", "vdot.evaluate"),
+    "vdot.evaluate": ("vdot.cli", "vdot.jobs", "vdot.training", "vdot.distillation", "vdot.pipeline"),
+    "vdot.pipeline": ("vdot.cli", "vdot.jobs", "vdot.record", "vdot.config", "vdot.training", "vdot.data"),
 }
 
 

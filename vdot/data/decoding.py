@@ -17,7 +17,7 @@ import torch
 from vdot.conditioning import Condition
 from vdot.data.manifest import Layout, Row, check_real
 from vdot.errors import InputError, VdotError
-from vdot.request import prepare
+from vdot.request import Prepared, prepare
 from vdot.runtime import log
 from vdot.video import VideoInfo, probe, read_frames, to_model
 
@@ -62,6 +62,13 @@ def decode(row: Row, layout: Layout) -> Pixels:
         source = None if row.src_video is None else probe(row.src_video)
         check_real(layout, info, source, _mask_info(row))
         real = read_frames(row.video, (plan or layout.free_plan(info)).model_ids, size)
+    return pixels_of(prepared, real)
+
+
+def pixels_of(prepared: Prepared, real: np.ndarray | None) -> Pixels:
+    """``real``: uint8 ``[T, H, W, 3]`` of the prepared size, where the row has a clip."""
+    condition = prepared.condition
+    size = (condition.height, condition.width)
     mask = None if condition.mask is None else (condition.mask * 255).round().byte().numpy()
     references = tuple(reference.numpy() for reference in condition.references)
     keys = _key(condition.frames, *size, prepared.source, mask, *references), _key(condition.frames, *size, real)

@@ -4,16 +4,16 @@ import threading
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, field
 
-import torch
 from torch import Tensor
 
-from vdot.conditioning import encode_context
 from vdot.data.batch import Example, Shape
+from vdot.data.decoding import pixels_of
 from vdot.data.encoding import Encoder
-from vdot.data.sprites import TASKS, TaskClip, draw_task
+from vdot.data.manifest import Entry, Row
+from vdot.data.sprites import TASKS, TaskClip, count_references, draw_task
+from vdot.data.sprites.scene import Split
 from vdot.errors import ConfigError
 from vdot.request import Defaults, Request, prepare
-from vdot.video import to_model
 
 
 @dataclass
@@ -43,8 +43,9 @@ class WorldSource:
         self.config, self.encoder = config, encoder
         names = config.tasks or list(TASKS)
         self.tasks = [names[i % len(names)] for i in range(config.clips)]
+        self.options = {"frames": config.frames, "width": config.size, "height": config.size}
         grid = ((config.frames - 1) // 4 + 1, config.size // 8, config.size // 8)
-        self.shapes = [Shape(len(self.clip(i).references), *grid) for i in range(config.clips)]
+        self.shapes = [Shape(self._references(i), *grid) for i in range(config.clips)]
         self.paired = [True] * config.clips
         self.identity = repr(asdict(config))
         self._negative = negative_prompt
@@ -54,16 +55,22 @@ class WorldSource:
     def __len__(self) -> int:
         return self.config.clips
 
+    def _references(self, index: int) -> int:
+        c = self.config
+        return count_references(c.seed + index, self.tasks[index], _split(c.split), **self.options)
+
     def clip(self, index: int) -> TaskClip:
         c = self.config
-        size = {"frames": c.frames, "width": c.size, "height": c.size}
-        return draw_task(c.seed + index, self.tasks[index], split=c.split, **size)  # type: ignore[arg-type]
+        return draw_task(c.seed + index, self.tasks[index], _split(c.split), **self.options)
 
     def load(self, index: int) -> Example:
         with self._lock:
             if index in self._kept:
                 return self._kept[index]
-        example = encode_clip(self.clip(index), self.encoder, index)
+        clip = self.clip(index)
+        pixels = pixels_of(prepare(Request(**clip.request()), Defaults()), clip.video)
+        entry = Entry(Row(index, clip.task, clip.prompt), self.shapes[index])
+        example = self.encoder.encode(entry, pixels, index)
         with self._lock:
             self._kept[index] = example
             while len(self._kept) > self.config.keep:
@@ -77,12 +84,5 @@ class WorldSource:
         """Nothing is open."""
 
 
-@torch.no_grad()
-def encode_clip(clip: TaskClip, encoder: Encoder, row: int) -> Example:
-    """As inference encodes the same request; on the CPU."""
-    condition = prepare(Request(**clip.request()), Defaults()).condition
-    context = encode_context(encoder.vae, condition, encoder.device)[0].cpu()
-    real = encoder.vae.encode(to_model(clip.video)[None].to(encoder.device))[0].float().cpu()
-    references = len(clip.references)
-    real = torch.cat([context[:16, :references], real], dim=1)
-    return Example(encoder.embed(clip.prompt), context, real, references, clip.task, clip.prompt, row)
+def _split(name: str) -> Split:
+    return "test" if name == "test" else "train"

@@ -42,9 +42,7 @@ class Updater:
         betas = (config.betas[0], config.betas[1])
         self.optimizer = make_optimizer(trained.parameters, config.lr, betas, config.weight_decay, config.eps)
 
-    def update(
-        self, step: int, batches: Sequence[Any], differentiate: Callable, section: Section
-    ) -> dict[str, float]:
+    def update(self, step: int, batches: Sequence[Any], differentiate: Callable, section: Section) -> dict[str, float]:
         """``differentiate(batch, share)`` leaves gradients behind and returns its log, for each micro batch.
 
         Returns the means of the logs over micro batches and ranks, and the gradient's norm.
@@ -131,6 +129,30 @@ class Objective(Protocol):
         ...
 
 
+class Together:
+    """A feeder of ranks that share each video, which makes sure that they got the same one."""
+
+    def __init__(self, feeder: Feeder, ranks: Ranks) -> None:
+        self.feeder, self.ranks = feeder, ranks
+
+    @property
+    def failures(self) -> int:
+        return self.feeder.failures
+
+    def __iter__(self) -> "Together":
+        return self
+
+    def __next__(self) -> Batch:
+        batch = next(self.feeder)
+        rows = self.ranks.gather(batch.rows)
+        if any(other != rows[0] for other in rows):
+            raise InputError(
+                f"ranks that share a video have read different rows, {sorted(set(rows))}: some can read a file "
+                "that others cannot; put the data where all machines see them"
+            )
+        return batch
+
+
 class DitObjective:
     """What distillation and flow matching share: rows of a source, a student transformer, its gallery and export."""
 
@@ -149,12 +171,12 @@ class DitObjective:
         self._gallery: Gallery | None = None
 
     @contextmanager
-    def batches(self, start: int) -> Iterator[Feeder]:
+    def batches(self, start: int) -> Iterator[Feeder | Together]:
         config, source, groups = self.config, self.source, self.ranks.mesh.videos
         weights, data = config.data.task_weights, config.data
         sampler = Sampler(source.shapes, source.tasks, weights, config.batch_size, config.seed, source.paired)
         with Feeder(source, sampler, groups.rank, groups.size, data.workers, start, data.prefetch) as feeder:
-            yield feeder
+            yield feeder if self.ranks.mesh.sequence.size == 1 else Together(feeder, self.ranks)
 
     def work(self, step: int, batch: Batch) -> tuple[float, float]:
         latent = batch.shape.latent
