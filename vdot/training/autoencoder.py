@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
@@ -24,15 +23,14 @@ from vdot.errors import ConfigError
 from vdot.memory import count_stage
 from vdot.models.vae import WanVAE
 from vdot.models.vae_whole import WholeClipVAE
-from vdot.parallel.mesh import Group
 from vdot.parallel.state import Ranks
 from vdot.runtime import DTYPES, log
 from vdot.training.config import TrainConfig, VaeConfig
-from vdot.training.networks import Trained
-from vdot.training.objectives import Section, State, Updater
-from vdot.training.optim import Ema, Guard
+from vdot.training.objectives import Section
+from vdot.training.whole import WholeNetwork
 from vdot.video import contact_sheet, from_model
 
+FIRST_LOG_VARIANCE = -6.0  # of a new autoencoder's posterior
 SMALLEST_ERROR = 1e-6  # mean squared, of a clip of plain colour: counts as 66 dB
 
 
@@ -44,25 +42,15 @@ class Held:
     pixels: Tensor
 
 
-class Autoencoder:
-    """Reconstruction of clips, pictures and conditions, with a posterior kept near a normal distribution.
-
-    The whole network is on every rank; ranks share the clips of a batch.
-    """
+class Autoencoder(WholeNetwork):
+    """Reconstruction of clips, pictures and conditions, with a posterior kept near a normal distribution."""
 
     def __init__(self, config: TrainConfig, ranks: Ranks, device: torch.device) -> None:
-        self.config, self.ranks, self.device = config, ranks, device
-        self.guard = Guard(config.max_bad_steps)
+        super().__init__(config, ranks, device)
         check_lengths(config.vae, config.world)
-        self.everyone = Group(ranks.world, ranks.rank, dist.group.WORLD if ranks.world > 1 else None)
-        if config.batch_size % ranks.world:
-            raise ConfigError(f"batch_size {config.batch_size} must be a multiple of the {ranks.world} processes")
         with ranks.agree():
             self.network = WholeClipVAE(initial(config)).to(device).train()
-        parameters = dict(self.network.model.named_parameters())
-        trained = Trained(parameters, [], list(parameters.values()), self.everyone)
-        self.updater = Updater("generator", trained, config.generator, config, self.guard)
-        self.ema = Ema(parameters, config.ema_decay, config.ema_start) if config.ema_decay else None
+        self.optimize(dict(self.network.model.named_parameters()))
         self._held: list[Held] | None = None
 
     @contextmanager
@@ -79,13 +67,13 @@ class Autoencoder:
         values = self.updater.update(step, batches, partial(self._differentiate, section), section)
         if self.ema is not None:
             self.ema.update(step)
-        if self.config.vae.evaluate_every and (step + 1) % self.config.vae.evaluate_every == 0:
+        if self.due(self.config.vae.evaluate_every, step):
             with section("sample"):
                 values |= self.evaluate()
         return values
 
     def _differentiate(self, section: Section, batch: Pictures, share: float) -> Log:
-        with section("forward"), self._autocast():
+        with section("forward"), self.autocast():
             mean, log_variance = (part.float() for part in self.network.encode(batch.pixels))
             generator = keyed_generator(self.config.seed, "posterior", batch.number, self.everyone.rank)
             noise = torch.randn(mean.shape, generator=generator).to(mean.device)
@@ -105,13 +93,6 @@ class Autoencoder:
         parts |= {"latent_std_least": spread.min(), "latent_std_most": spread.max()}
         return {"loss": loss.detach()} | {name: part.detach() for name, part in parts.items()}
 
-    def _autocast(self) -> AbstractContextManager:
-        kind = DTYPES[self.config.parallel.compute]
-        return nullcontext() if kind == torch.float32 else torch.autocast(self.device.type, kind)
-
-    def _averaged(self) -> AbstractContextManager:
-        return self.ema.swapped(self.network) if self.ema is not None else nullcontext()
-
     def work(self, step: int, batch: Pictures) -> tuple[float, float]:
         pixels = batch.pixels
         scale = len(pixels) * self.everyone.size / self.config.batch_size  # short clips stand for long ones
@@ -119,16 +100,10 @@ class Autoencoder:
         tokens = ((frames - 1) // 4 + 1) * (height // 8) * (width // 8)
         return scale * tokens, 3 * scale * forward_flops(self.config.vae.base_dim, tuple(pixels.shape[2:]))
 
-    def state(self) -> State:
-        return self.updater.state() | ({"ema": self.ema.state()} if self.ema is not None else {})
-
-    def notes(self) -> dict[str, Any]:
-        return {}
-
     # --- what it has learned
 
     def _reconstruct(self, pixels: Tensor) -> Tensor:
-        with self._autocast():
+        with self.autocast():
             return self.network.decode(self.network.encode(pixels)[0]).float().clamp(-1, 1)
 
     @property
@@ -141,7 +116,7 @@ class Autoencoder:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Mean PSNR in dB over the held-out clips of each kind, of the averaged weights."""
-        with self._averaged():
+        with self.averaged(self.network):
             return {f"psnr_{held.name}": psnr(self._batched(held), held.pixels).mean().item() for held in self.held}
 
     def _batched(self, held: Held) -> Tensor:
@@ -155,7 +130,7 @@ class Autoencoder:
         assert config.output_dir is not None
         sheet = Path(config.output_dir, "samples", f"step_{step:08d}.png")
         rows: list[tuple[str, np.ndarray]] = []
-        with self._averaged():
+        with self.averaged(self.network):
             for held in self.held:
                 shown = Held(held.name, held.pixels[: max(1, config.sample_tasks // len(self.held))])
                 made = self._batched(shown)
@@ -187,13 +162,14 @@ class Autoencoder:
         """The averaged network for inference, in ``export_dtype``, whose latents of real clips are standard."""
         config = self.config
         model = AutoencoderKLWan.from_config(self.network.model.config)
-        with self._averaged():
+        with self.averaged(self.network):
             model.load_state_dict(self.network.model.state_dict())
         vae = WanVAE(model.to(self.device)).requires_grad_(False)
         settle(vae, *latent_statistics(vae, config.world, config.vae.statistics_clips))
         return vae.to(DTYPES[config.export_dtype])
 
 
+@torch.no_grad()
 def initial(config: TrainConfig) -> AutoencoderKLWan:
     """The autoencoder of ``ckpt_dir``, or a new one."""
     if config.ckpt_dir is not None:
@@ -203,7 +179,10 @@ def initial(config: TrainConfig) -> AutoencoderKLWan:
         return model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)  # equal on all ranks
-        return AutoencoderKLWan(base_dim=config.vae.base_dim)
+        model: Any = AutoencoderKLWan(base_dim=config.vae.base_dim)
+    # As torch makes it, the posterior's noise is ten times its mean, and the decoder learns to ignore both.
+    torch.nn.init.constant_(model.quant_conv.bias[model.config.z_dim :], FIRST_LOG_VARIANCE)
+    return model
 
 
 def check_lengths(vae: VaeConfig, world: WorldConfig) -> None:

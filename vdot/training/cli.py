@@ -27,8 +27,11 @@ from vdot.training.autoencoder import Autoencoder
 from vdot.training.config import TrainConfig
 from vdot.training.loop import export_only, train
 from vdot.training.objectives import Distill, Flow, Objective
+from vdot.training.text import TextEncoder
 
 OBJECTIVES: dict[str, Callable[..., Objective]] = {"distill": Distill, "flow": Flow}
+# These need no checkpoint, and draw their data from the procedural world themselves.
+FROM_NOTHING: dict[str, Callable[..., Objective]] = {"vae": Autoencoder, "text": TextEncoder}
 ROOT = Path(__file__).resolve().parents[2]
 EPILOG = """examples:
   bash training/train_vdot.sh                                   the tiny model, on any machine, in minutes
@@ -55,7 +58,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "train.py") -> int:
 def parse(argv: Sequence[str], prog: str) -> tuple[TrainConfig, argparse.Namespace]:
     """Defaults, then ``--config``, then ``key=value``. ``ConfigError`` for anything not understood."""
     form = argparse.RawDescriptionHelpFormatter
-    description = "Distil a VACE teacher into a few-step generator (VDOT), or train a teacher or an autoencoder."
+    description = "Distil a VACE teacher into a few-step generator (VDOT), or train what comes before."
     parser = _Parser(prog, description=description, epilog=EPILOG, formatter_class=form, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values over those of the YAML")
     parser.add_argument("--config", metavar="FILE", help="YAML of configs/train, or your own")
@@ -66,7 +69,7 @@ def parse(argv: Sequence[str], prog: str) -> tuple[TrainConfig, argparse.Namespa
         names = ", ".join(sorted(path.name for path in (ROOT / "configs" / "train").glob("*.yaml")))
         raise ConfigError(f"give --config FILE; there are configs/train: {names}")
     config = load_config(TrainConfig, _find(args.config), args.overrides)
-    if config.ckpt_dir is None and config.objective != "vae":
+    if config.ckpt_dir is None and config.objective not in FROM_NOTHING:
         raise ConfigError("ckpt_dir is missing: give the checkpoint folder of the teacher, ckpt_dir=models/...")
     name = Path(args.config).stem if args.config else "run"
     output = config.output_dir or str(Path("results") / "train" / name)
@@ -100,8 +103,8 @@ def _run(argv: Sequence[str], prog: str, ranks: Ranks) -> int:
     with ExitStack() as stack:
 
         def open_objective() -> Objective:
-            if config.objective == "vae":
-                return Autoencoder(config, ranks, device)
+            if config.objective in FROM_NOTHING:
+                return FROM_NOTHING[config.objective](config, ranks, device)
             source = open_data(config, device, ranks)
             stack.callback(source.close)
             return OBJECTIVES[config.objective](config, ranks, device, source)

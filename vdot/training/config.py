@@ -7,7 +7,7 @@ from vdot.data.world import WorldConfig
 from vdot.distillation.config import DistillConfig, NoiseConfig
 from vdot.errors import ConfigError
 
-OBJECTIVES = ("distill", "flow", "vae")
+OBJECTIVES = ("distill", "flow", "vae", "text")
 
 
 @dataclass
@@ -72,6 +72,15 @@ class VaeConfig:
 
 
 @dataclass
+class TextConfig:
+    """The small text encoder, trained on captions of the procedural world (from scene ``world.seed`` on)."""
+
+    tokenizer_captions: int = 20000  # that the tokenizer learns from
+    evaluate_every: int = 200  # steps; 0: never
+    evaluate_captions: int = 2000  # held out
+
+
+@dataclass
 class ScheduleNote:
     """How a teacher trained here wants to be sampled; a distilled generator has its own schedule."""
 
@@ -85,7 +94,9 @@ class ScheduleNote:
 class TrainConfig:
     """One run. ``None`` means: what the checkpoint says."""
 
-    objective: str = "distill"  # distill: VDOT | flow: flow matching on real clips | vae: the autoencoder
+    objective: str = (
+        "distill"  # distill: VDOT | flow: flow matching on real clips | vae: the autoencoder | text: its text encoder
+    )
     ckpt_dir: str | None = None  # the teacher; also where generator and fake score begin
     generator_init: str | None = None  # another checkpoint for the generator, e.g. of an earlier stage
     output_dir: str | None = None  # None: results/train/<name of the YAML>
@@ -99,6 +110,7 @@ class TrainConfig:
     distill: DistillConfig = field(default_factory=DistillConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
     vae: VaeConfig = field(default_factory=VaeConfig)
+    text: TextConfig = field(default_factory=TextConfig)
     schedule: ScheduleNote = field(default_factory=ScheduleNote)
     generator: OptimizerConfig = field(default_factory=OptimizerConfig)
     critic: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=4e-7))  # fake score and discriminator
