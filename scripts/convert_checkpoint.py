@@ -53,13 +53,6 @@ def describe(info: CheckpointInfo) -> None:
             print(f"  {name}: {value}")
 
 
-def stored_dtype(info: CheckpointInfo, part: str) -> str:
-    """The type that most of a part is stored in, if it can be loaded as that."""
-    dtypes = info.parts[part].dtypes
-    most = max(dtypes, key=lambda name: dtypes[name])
-    return most if most in ("float32", "bfloat16", "float16") else "float32"
-
-
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -69,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.target is None:
             return 0
         wanted = {part for part in info.parts if args.parts is None or part in args.parts}
-        dtype = {part: args.dtype or stored_dtype(info, part) for part in wanted}
+        dtype = {part: args.dtype or info.parts[part].stored_dtype for part in wanted}
         dit = load_dit(args.source, dtype["dit"] if "dit" in wanted else "float32", state_key=args.state_key)
         text = load_text_encoder(args.source, dtype["text_encoder"]) if "text_encoder" in wanted else None
         vae = load_vae(args.source, dtype["vae"]) if "vae" in wanted else None

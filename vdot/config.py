@@ -117,7 +117,7 @@ def _kinds(schema: type, key: str) -> tuple[Any, ...]:
 
 
 def _split(text: str) -> list[str]:
-    """"[a, b]" or "a,b" -> its parts; "[]" has none."""
+    """``[a, b]`` or ``a,b`` -> its parts; ``[]`` has none."""
     return [part.strip() for part in text.strip().strip("[]").split(",") if part.strip()]
 
 

@@ -22,6 +22,7 @@ from vdot.training.checkpoint import CheckpointStore
 from vdot.training.cli import OBJECTIVES, main
 from vdot.training.config import TrainConfig
 from vdot.training.loop import export_only, train
+from vdot.training.lora import extract
 from vdot.training.metrics import read_metrics
 
 CPU = torch.device("cpu")
@@ -194,6 +195,28 @@ def test_the_peft_folder_is_read_by_peft(teacher, tmp_path):
     context = torch.randn(1, 96, 2, 4, 4, generator=g)
     with torch.no_grad():
         torch.testing.assert_close(adapted(*inputs, context), merged(*inputs, context), atol=1e-5, rtol=1e-4)
+
+
+def test_a_lora_extracted_from_two_checkpoints_is_their_difference(teacher, tmp_path):
+    """A change of rank 2 comes back whole at rank 2, and its better half at rank 1."""
+    from safetensors.torch import load_file
+
+    run(toy_config(teacher, tmp_path, steps=2, lora__rank=2, export_layouts="[native]", export_dtype="float32"))
+    command = [sys.executable, str(ROOT / "scripts" / "extract_lora.py"), "--base", str(teacher), "--device", "cpu"]
+    command += ["--tuned", str(tmp_path / "export"), "--rank", "2", "--out", str(tmp_path / "lora")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "100.0% of the difference kept" in done.stdout
+    before, after = load_dit(teacher), load_dit(tmp_path / "export")
+    peft = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    name = "blocks.1.self_attn.q"
+    a, b = (peft[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
+    change = after.get_submodule(name).weight - before.get_submodule(name).weight
+    torch.testing.assert_close(b @ a, change.detach(), atol=1e-6, rtol=1e-4)
+    factors, kept = extract(before, after, 1, CPU)
+    values = torch.linalg.svdvals(change.detach())
+    assert 0.5 <= kept < 0.999
+    left = (change.detach() - factors[name][1] @ factors[name][0]).norm()
+    torch.testing.assert_close(left, values[1:].norm(), atol=1e-6, rtol=1e-4)
 
 
 def test_export_on_demand_needs_a_checkpoint(teacher, tmp_path):

@@ -24,6 +24,12 @@ class PartInfo:
     dtypes: dict[str, int]  # torch dtype name -> parameters stored in it
     config: dict[str, Any] | None  # the JSON beside it
 
+    @property
+    def stored_dtype(self) -> str:
+        """The type that most of it is stored in, if it can be loaded as that, else float32."""
+        most = max(self.dtypes, key=lambda name: self.dtypes[name])
+        return most if most in ("float32", "bfloat16", "float16") else "float32"
+
 
 @dataclass(frozen=True)
 class CheckpointInfo:

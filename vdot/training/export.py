@@ -7,17 +7,15 @@ import torch
 from torch import Tensor
 
 from vdot.checkpoints import inspect_checkpoint, load_text_encoder, load_vae, save_checkpoint
-from vdot.errors import OutputError
 from vdot.models.vace import VaceDiT
 from vdot.parallel.state import Ranks
 from vdot.request import Defaults
 from vdot.runtime import log
 from vdot.sampling import FewStepSchedule
 from vdot.training.config import TrainConfig
-from vdot.training.lora import save_comfy, save_peft
+from vdot.training.lora import save_adapters
 from vdot.training.networks import Networks
 from vdot.training.optim import Ema
-from vdot.video import atomic_path
 
 
 def export(
@@ -76,7 +74,7 @@ def _write(
     dit.load_state_dict(weights, strict=True, assign=True)
     info = inspect_checkpoint(config.ckpt_dir)
     # The encoders are copied as they are, so that the export is complete by itself.
-    text_encoder = load_text_encoder(config.ckpt_dir, "bfloat16" if _is_half(info.parts) else "float32", mmap=True)
+    text_encoder = load_text_encoder(config.ckpt_dir, info.parts["text_encoder"].stored_dtype, mmap=True)
     vae = load_vae(config.ckpt_dir, "float32")
     defaults = info.defaults or Defaults()
     for layout, target in targets.items():
@@ -93,14 +91,4 @@ def _write_lora(networks: Networks, folder: Path, ema: Ema | None) -> None:
     settings = networks.adapters.config
     with ema.swapped(networks.dits["base"]) if ema is not None else nullcontext():
         factors = networks.adapters.factors("generator")
-    alpha = settings.alpha or settings.rank
-    try:
-        save_peft(folder, factors, alpha)
-        with atomic_path(folder / "comfyui.safetensors") as temporary:
-            save_comfy(Path(temporary), factors, alpha)
-    except OSError as error:
-        raise OutputError(f"{folder} could not be written: {error.strerror or error}") from error
-
-
-def _is_half(parts: dict) -> bool:
-    return "text_encoder" in parts and "float32" not in parts["text_encoder"].dtypes
+    save_adapters(folder, factors, settings.alpha or settings.rank)

@@ -15,11 +15,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vdot.errors import ConfigError, MissingDependencyError
+from vdot.errors import CheckpointError, ConfigError, MissingDependencyError
 from vdot.models.vace import VaceDiT
 from vdot.training.config import LoraConfig
+from vdot.video import atomic_path
 
 ADAPTERS = ("generator", "fake")
+EXACT = 2048  # width up to which all singular values are computed
 INFIX = ".base_layer"  # what peft puts into the names of the weights that it wraps
 
 
@@ -120,18 +122,66 @@ def _whole(parameter: Tensor) -> Tensor:
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
-def save_peft(folder: Path, factors: Mapping[str, tuple[Tensor, Tensor]], alpha: float) -> None:
-    """``adapter_config.json`` and ``adapter_model.safetensors`` as ``peft`` and diffusers read them."""
-    rank = len(next(iter(factors.values()))[0])
+def extract(
+    base: VaceDiT, tuned: VaceDiT, rank: int, device: torch.device
+) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
+    """Rank-``rank`` factors of ``tuned - base`` per linear layer, and the share of its squared norm that they hold.
+
+    With ``B A`` the truncated singular value decomposition, the closest of that rank (Eckart & Young 1936); alpha is
+    the rank.
+
+    Raises:
+        CheckpointError: the two are not of one size. ConfigError: a rank below 1, or nothing differs.
+    """
+    if base.config != tuned.config:
+        raise CheckpointError(f"the checkpoints are of two sizes, {base.config.dim} and {tuned.config.dim} wide")
+    if rank < 1:
+        raise ConfigError(f"the rank must be at least 1, got {rank}")
+    factors, total, kept = {}, 0.0, 0.0
+    others = dict(tuned.named_modules())
+    for name, layer in base.named_modules():
+        if not isinstance(layer, nn.Linear):
+            continue
+        other = others[name]
+        assert isinstance(other, nn.Linear)
+        change = other.weight.detach().to(device).float() - layer.weight.detach().to(device).float()
+        if not change.any():
+            continue
+        u, s, v = _largest(change, min(rank, *change.shape))
+        total, kept = total + change.square().sum().item(), kept + s.square().sum().item()
+        root = s.sqrt()
+        pad = (0, 0, 0, rank - len(s))  # small layers have fewer singular values than the file's one rank
+        a, b = (root[:, None] * v.T), (root[:, None] * u.T)
+        factors[name] = (nn.functional.pad(a, pad).cpu(), nn.functional.pad(b, pad).T.contiguous().cpu())
+    if not factors:
+        raise ConfigError("the checkpoints do not differ in any linear layer: there is nothing to extract")
+    return factors, kept / total
+
+
+def _largest(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``u [m, k], s [k], v [n, k]``: exact where that is quick, else by subspace iteration (Halko et al. 2011)."""
+    if min(matrix.shape) <= EXACT:
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+        return u[:, :count], s[:count], vh[:count].T
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        u, s, v = torch.svd_lowrank(matrix, q=min(*matrix.shape, count + 16), niter=4)
+    return u[:, :count], s[:count], v[:, :count]
+
+
+def save_adapters(folder: Path, factors: Mapping[str, tuple[Tensor, Tensor]], alpha: float) -> None:
+    """Both published forms of an adapter: peft's folder, and ``comfyui.safetensors`` in it.
+
+    Raises:
+        OutputError: not writable; nothing half-written is left.
+    """
     tensors = {}
     for name, (a, b) in factors.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = a.contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = {
         "peft_type": "LORA",
-        "r": rank,
+        "r": len(next(iter(factors.values()))[0]),
         "lora_alpha": alpha,
         "target_modules": sorted(factors),
         "bias": "none",
@@ -139,14 +189,18 @@ def save_peft(folder: Path, factors: Mapping[str, tuple[Tensor, Tensor]], alpha:
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for file, content in (("adapter_model.safetensors", tensors), ("comfyui.safetensors", comfy_keys(factors, alpha))):
+        with atomic_path(folder / file) as temporary:
+            save_file(content, temporary, metadata={"format": "pt"})
+    with atomic_path(folder / "adapter_config.json") as temporary:
+        Path(temporary).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def save_comfy(path: Path, factors: Mapping[str, tuple[Tensor, Tensor]], alpha: float) -> None:
-    """One file with the keys that ComfyUI and most Wan tools use: ``diffusion_model.<layer>.lora_down.weight``."""
+def comfy_keys(factors: Mapping[str, tuple[Tensor, Tensor]], alpha: float) -> dict[str, Tensor]:
+    """Names that ComfyUI and most Wan tools use: ``diffusion_model.<layer>.lora_down.weight``."""
     tensors = {}
     for name, (a, b) in factors.items():
         tensors[f"diffusion_model.{name}.lora_down.weight"] = a.contiguous()
         tensors[f"diffusion_model.{name}.lora_up.weight"] = b.contiguous()
         tensors[f"diffusion_model.{name}.alpha"] = torch.tensor(float(alpha))
-    save_file(tensors, path, metadata={"format": "pt"})
+    return tensors
