@@ -152,3 +152,15 @@ def test_nested_schemas(tmp_path):
         load_config(Outer, None, ["inner=1"])
     with pytest.raises(ConfigError, match="contradicts"):
         load_config(Outer, None, ["inner=1", "inner.rate=1"])
+
+
+def test_tables_within_a_config_hold_any_text_and_name_what_is_wrong():
+    from vdot.training.config import TrainConfig
+
+    config = load_config(TrainConfig, None, ["data.negative_prompt=${a}", "data.task_weights.depth=2"])
+    config = load_config(TrainConfig, None, ["steps=3"], {"data": vars(config.data)})
+    assert config.data.negative_prompt == "${a}" and config.data.task_weights == {"depth": 2.0} and config.steps == 3
+    assert load_config(TrainConfig, None, ["export_layouts=[]"]).export_layouts == []
+    for wrong, message in (("data.task_weights.a=x", "task_weights"), ("generator.betas=[0,x]", "betas")):
+        with pytest.raises(ConfigError, match=message):
+            load_config(TrainConfig, None, [wrong])

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -82,7 +83,8 @@ def load_config(
 def merge_config(base: T, values: Mapping[str, Any], where: str) -> T:
     """A copy of the dataclass ``base`` with ``values`` laid over it, types checked. ``ConfigError`` says ``where``."""
     _check_keys(type(base), values, where)
-    around: dict[str, Any] = {k: v for k, v in vars(base).items() if _interpreted(v)}  # what goes around OmegaConf
+    # What goes around OmegaConf: texts that it would interpret, and tables, which may hold some.
+    around: dict[str, Any] = {k: v for k, v in vars(base).items() if _goes_around(v)}
     through: dict[str, Any] = {}
     for key, value in values.items():
         kinds, current = _kinds(type(base), key), getattr(base, key)
@@ -95,13 +97,18 @@ def merge_config(base: T, values: Mapping[str, Any], where: str) -> T:
         else:
             around.pop(key, None)
             through[key] = _split(value) if isinstance(value, str) and _is_list(kinds) else value
-    plain = replace(cast(Any, base), **{k: "" for k in around if _interpreted(getattr(base, k))})
+    held: list[tuple[str, Any]] = [(k, v) for k, v in vars(base).items() if _goes_around(v)]
+    plain = replace(cast(Any, base), **{k: "" if isinstance(v, str) else type(v)() for k, v in held})
     try:
         merged = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(plain), OmegaConf.create(through)))
     except (OmegaConfBaseException, OverflowError) as error:
-        key = str(getattr(error, "full_key", None) or next(iter(through))).split("[")[0]
+        key = re.split(r"[.\[]", str(getattr(error, "full_key", None) or next(iter(through))))[0]
         raise ConfigError(f"{where}: {key} is {values.get(key)!r}, which is not {_wanted(type(base), key)}") from error
     return replace(cast(Any, merged), **around)
+
+
+def _goes_around(value: Any) -> bool:
+    return _interpreted(value) or is_dataclass(value)
 
 
 def _interpreted(value: Any) -> bool:
@@ -127,7 +134,7 @@ def _is_list(kinds: tuple[Any, ...]) -> bool:
 
 def _wanted(schema: type, key: str) -> str:
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    return next((names[kind] for kind in _kinds(schema, key) if kind in names), "a list of the right kind")
+    return next((names[kind] for kind in _kinds(schema, key) if kind in names), "a list or table of the right kind")
 
 
 def _check_keys(schema: type, values: Mapping[str, Any], where: str) -> None:
