@@ -7,7 +7,16 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from vdot.errors import ConfigError
-from vdot.sampling import SOLVERS, VACE_SCHEDULE, VDOT_SCHEDULE, FewStepSchedule, draw_noise, sample, trajectory
+from vdot.sampling import (
+    RELEASE_NOISE_LEVELS,
+    SOLVERS,
+    VACE_SCHEDULE,
+    VDOT_SCHEDULE,
+    FewStepSchedule,
+    draw_noise,
+    sample,
+    trajectory,
+)
 
 
 def schedule_of(case: str) -> FewStepSchedule:
@@ -138,3 +147,14 @@ def test_published_schedules():
     assert VDOT_SCHEDULE.timesteps().tolist() == [999, 979, 941, 841]
     assert FewStepSchedule(guide_scale=1.5).guided and not FewStepSchedule(guide_scale=1).guided
     assert VDOT_SCHEDULE.override(steps=8, shift=None) == FewStepSchedule(steps=8)
+
+
+def test_noise_levels_belong_to_the_steps_that_they_were_given_for():
+    schedule = FewStepSchedule(4, 8.0, "renoise", noise_levels=RELEASE_NOISE_LEVELS)
+    assert schedule.override(steps=4, shift=8.0, guide_scale=2.0).noise_levels == RELEASE_NOISE_LEVELS
+    assert schedule.override(steps=2).noise_levels is None and schedule.override(solver="unipc").noise_levels is None
+    assert FewStepSchedule.from_dict(schedule.to_dict()) == schedule
+    assert "noise_levels" not in FewStepSchedule().to_dict()
+    for wrong in ({"steps": 3}, {"solver": "unipc"}):
+        with pytest.raises(ConfigError, match="noise_levels"):
+            FewStepSchedule(**{"steps": 4, "solver": "renoise", "noise_levels": RELEASE_NOISE_LEVELS} | wrong)

@@ -205,8 +205,8 @@ def run_record(
 ) -> dict[str, Any]:
     """What ``run.json`` holds; ``--config run.json`` reads its ``config`` back. ``outputs``: SHA-256 by file name."""
     values = {k: v for k, v in asdict(config).items() if k not in NOT_RECORDED}
-    schedule = asdict(result.schedule)
-    values |= {f"sample_{name}": value for name, value in schedule.items()}
+    schedule = result.schedule.to_dict()
+    values |= {f"sample_{name}": schedule[name] for name in ("steps", "shift", "solver", "guide_scale")}
     values |= {"base_seed": result.seed, "ckpt_dir": str(Path(checkpoint["path"]).absolute()), **resolved}
     for key, paths in input_files(config).items():
         values[key] = ",".join(os.path.abspath(path) for path in paths) or None

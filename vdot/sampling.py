@@ -70,7 +70,7 @@ class FewStepSchedule:
     def override(self, **values: Any) -> "FewStepSchedule":
         """A copy with every value that is not ``None`` replaced."""
         given = {k: v for k, v in values.items() if v is not None}
-        if not given.keys().isdisjoint(("steps", "shift", "solver")):
+        if any(given.get(name, getattr(self, name)) != getattr(self, name) for name in ("steps", "shift", "solver")):
             given.setdefault("noise_levels", None)  # they belonged to the old ones
         return replace(self, **given)
 
