@@ -9,6 +9,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -159,6 +160,37 @@ def test_an_export_is_loaded_by_the_pipeline_with_its_schedule(layout, teacher, 
     assert len(pipe("a red ball", size="32*32", frame_num=5).frames) == 5
     if layout == "vdot":
         assert (folder / "vdot-weights" / "vdot.pt").is_file()
+
+
+def test_diffusers_makes_the_same_video_of_its_export(teacher, tmp_path):
+    """As it opens, diffusers' noise levels are up to 1e-3 higher than ours; given ours, the videos are equal."""
+    from diffusers import WanVACEPipeline
+
+    from vdot.sampling import draw_noise
+
+    values = {"distill__schedule__solver": "unipc", "export_layouts": "[native,diffusers]", "export_dtype": "float32"}
+    run(toy_config(teacher, tmp_path, steps=3, **values))
+    ours = VdotPipeline.from_pretrained(tmp_path / "export", device="cpu", dtype="float32")
+    prompt, seed = "a red ball rolls", 7
+    video, unlike = (ours(prompt, size="32*32", frame_num=9, seed=s).frames.astype(float) for s in (seed, seed + 1))
+    theirs = WanVACEPipeline.from_pretrained(tmp_path / "export-diffusers")
+    theirs.set_progress_bar_config(disable=True)
+    noise, _ = draw_noise((16, 3, 4, 4), seed)
+    sizes = {"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 4, "guidance_scale": 1.0}
+
+    def difference() -> float:
+        other = theirs(prompt, latents=noise[None], max_sequence_length=64, output_type="np", **sizes).frames[0]
+        return np.abs(video - 255 * other).mean()
+
+    assert difference() < 0.1 * np.abs(video - unlike).mean()
+    default = theirs.scheduler.set_timesteps
+
+    def our_levels(*args, **kwargs):
+        default(*args, **kwargs)
+        theirs.scheduler.sigmas, theirs.scheduler.timesteps = ours.schedule.sigmas(), ours.schedule.timesteps()
+
+    theirs.scheduler.set_timesteps = our_levels
+    assert difference() < 0.3  # of 255: rounding to bytes alone is 0.25
 
 
 def test_exported_adapters_are_one_change_in_every_form(teacher, tmp_path):

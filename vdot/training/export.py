@@ -81,6 +81,8 @@ def _write(
         options = {"layout": layout, "schedule": schedule.to_dict(), "defaults": defaults, "dtype": config.export_dtype}
         save_checkpoint(target, dit, text_encoder, vae, overwrite=True, **options)  # type: ignore[arg-type]
         log.info("exported %s", target)
+        if layout == "diffusers" and schedule.solver == "renoise":
+            log.info("note  diffusers has no solver that adds fresh noise: its folder samples with UniPC")
     if networks.adapters is not None:
         _write_lora(networks, lora, ema)
         log.info("exported %s: adapter_model.safetensors (peft) and comfyui.safetensors", lora)
