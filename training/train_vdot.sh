@@ -13,18 +13,14 @@ if [[ $# -gt 0 && "$1" != *=* && "$1" != -* ]]; then
     config="$1"
     shift
 fi
-python="$root/.venv/bin/python"
-if [[ ! -x "$python" ]]; then
-    source "$root/scripts/env.sh"
-    use_env train
-    python="$root/.venv/bin/python"
-fi
-gpus="$("$python" -c 'import torch; print(torch.cuda.device_count())')"
+source "$root/scripts/env.sh"
+use_env train
+gpus="$(python -c 'import torch; print(torch.cuda.device_count())')"
 nproc="${NPROC:-$((gpus > 0 ? gpus : 1))}"
 nnodes="${NNODES:-1}"
 command=("$root/training/train.py" --config "$config" "$@")
 if [[ "$nproc" -eq 1 && "$nnodes" -eq 1 ]]; then
-    exec "$python" "${command[@]}"
+    exec python "${command[@]}"
 fi
 where=(--nnodes "$nnodes" --nproc_per_node "$nproc")
 if [[ "$nnodes" -gt 1 ]]; then
@@ -33,4 +29,4 @@ if [[ "$nnodes" -gt 1 ]]; then
 else
     where+=(--standalone)
 fi
-exec "$python" -m torch.distributed.run "${where[@]}" "${command[@]}"
+exec python -m torch.distributed.run "${where[@]}" "${command[@]}"
