@@ -13,7 +13,12 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanResample, WanRMS_norm
 from torch import Tensor, nn
 
-TINIEST = 1e-24  # of a squared norm: the library bounds the norm by 1e-12
+# Added to mean squares. The library bounds norms by 1e-12 instead, whose cubed inverse is no float32: an activation of
+# exactly zero would have no finite gradient.
+TINIEST = 1e-12
+SILU_GAIN = 1.7  # of a convolution after SiLU, so that unit variance stays
+BRANCH = 0.3  # share of a residual branch in the sum, at first
+FIRST_LOG_VARIANCE = -6.0  # of the posterior, at first
 
 
 class _CausalConv3d(WanCausalConv3d):
@@ -80,3 +85,39 @@ class WholeClipVAE(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """``latents [B, z, k+1, h, w]`` -> video ``[B, 3, 4k+1, 8h, 8w]``, not clamped."""
         return self.model.decoder(self.model.post_quant_conv(latents))
+
+
+@torch.no_grad()
+def start(model: AutoencoderKLWan, seed: int) -> None:
+    """Weights to train from, in place.
+
+    As the library makes it, a signal fades on the way: every convolution on the path shrinks it to a third of its
+    variance beside a bias that stays, and the posterior's noise is ten times its mean. Training then begins with a long
+    plateau, at which the decoder ignores the latents. Here variances are kept from pixels to pixels, residual branches
+    begin small, time is looked at one frame at a time, so that clips begin as well as pictures do, and the posterior
+    begins narrow.
+    """
+    network = cast(Any, model)
+    generator = torch.Generator().manual_seed(seed)
+    for name, layer in network.named_modules():
+        if isinstance(layer, nn.Conv2d | nn.Conv3d):
+            _start_convolution(name, layer, generator)
+    # Mid-grey pixels are zeros, and zeros have no direction to be normalised to.
+    network.encoder.conv_in.bias.normal_(0, 0.3, generator=generator)
+    z = network.config.z_dim
+    network.quant_conv.weight[z:] = 0
+    network.quant_conv.bias[z:] = FIRST_LOG_VARIANCE
+
+
+def _start_convolution(name: str, layer: nn.Conv2d | nn.Conv3d, generator: torch.Generator) -> None:
+    weight = layer.weight.zero_()
+    assert layer.bias is not None
+    layer.bias.zero_()
+    now = weight[:, :, -1] if weight.ndim == 5 else weight  # [out, in, h, w]: what acts on the newest frame
+    if "time_conv" in name:
+        copies = weight.shape[0] // weight.shape[1]  # 2 where the frame rate doubles
+        now[:, :, 0, 0] = torch.eye(weight.shape[1]).repeat(copies, 1)
+        return
+    last = name.rpartition(".")[2]
+    gain = {"conv1": SILU_GAIN, "conv2": SILU_GAIN * BRANCH, "conv_out": SILU_GAIN, "proj": BRANCH}.get(last, 1.0)
+    now.normal_(0, gain * now[0].numel() ** -0.5, generator=generator)

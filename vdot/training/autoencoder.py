@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from vdot.distillation.steps import Log
 from vdot.errors import ConfigError
 from vdot.memory import count_stage
 from vdot.models.vae import WanVAE
-from vdot.models.vae_whole import WholeClipVAE
+from vdot.models.vae_whole import WholeClipVAE, start
 from vdot.parallel.state import Ranks
 from vdot.runtime import DTYPES, log
 from vdot.training.config import TrainConfig, VaeConfig
@@ -30,7 +29,6 @@ from vdot.training.objectives import Section
 from vdot.training.whole import WholeNetwork
 from vdot.video import contact_sheet, from_model
 
-FIRST_LOG_VARIANCE = -6.0  # of a new autoencoder's posterior
 SMALLEST_ERROR = 1e-6  # mean squared, of a clip of plain colour: counts as 66 dB
 
 
@@ -169,7 +167,6 @@ class Autoencoder(WholeNetwork):
         return vae.to(DTYPES[config.export_dtype])
 
 
-@torch.no_grad()
 def initial(config: TrainConfig) -> AutoencoderKLWan:
     """The autoencoder of ``ckpt_dir``, or a new one."""
     if config.ckpt_dir is not None:
@@ -177,11 +174,8 @@ def initial(config: TrainConfig) -> AutoencoderKLWan:
         model = AutoencoderKLWan.from_config(old.config)
         model.load_state_dict(old.state_dict())
         return model
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)  # equal on all ranks
-        model: Any = AutoencoderKLWan(base_dim=config.vae.base_dim)
-    # As torch makes it, the posterior's noise is ten times its mean, and the decoder learns to ignore both.
-    torch.nn.init.constant_(model.quant_conv.bias[model.config.z_dim :], FIRST_LOG_VARIANCE)
+    model = AutoencoderKLWan(base_dim=config.vae.base_dim)
+    start(model, config.seed)  # equal on all ranks
     return model
 
 

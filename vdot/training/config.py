@@ -75,9 +75,9 @@ class VaeConfig:
 class TextConfig:
     """The small text encoder, trained on captions of the procedural world (from scene ``world.seed`` on)."""
 
-    tokenizer_captions: int = 20000  # that the tokenizer learns from
+    tokenizer_captions: int = 5000  # that the tokenizer learns from
     evaluate_every: int = 200  # steps; 0: never
-    evaluate_captions: int = 2000  # held out
+    evaluate_captions: int = 1000  # held out
 
 
 @dataclass

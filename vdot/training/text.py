@@ -4,6 +4,9 @@ The lesson is what a video transformer needs of it: each attribute is read from 
 query of its own and one linear layer, so whatever is learned can be read by cross-attention later.
 """
 
+import io
+import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -13,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
@@ -28,6 +31,8 @@ from vdot.runtime import DTYPES, log
 from vdot.training.config import TrainConfig
 from vdot.training.objectives import Section
 from vdot.training.whole import WholeNetwork
+
+ALONE = "[㐀-鿿]|[^\\w\\s▁]"  # a Chinese character, or a sign that is not the mark of white space
 
 
 class AttributeReader(nn.Module):
@@ -144,18 +149,39 @@ def scores(right: Tensor) -> dict[str, float]:
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A SentencePiece unigram model in the form of UMT5's: pad 0, end 1, unknown 2, white space as a leading mark."""
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.normalizer = normalizers.NFKC()
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(
+    """A SentencePiece unigram model of at most ``vocab_size`` pieces, deterministic, in the form of UMT5's.
+
+    Pad is 0, end 1, unknown 2, and white space a leading mark. Signs and Chinese characters stand for themselves: with
+    no spaces between them, whole sentences would become pieces.
+    """
+    import sentencepiece
+
+    cleaned = (unicodedata.normalize("NFKC", clean_prompt(text)) for text in captions)
+    file = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(re.sub(ALONE, "\t\\g<0>\t", text) for text in cleaned),
+        pretokenization_delimiter="\t",
+        model_writer=file,
+        model_type="unigram",
         vocab_size=vocab_size,
-        special_tokens=["<pad>", "</s>", "<unk>"],
-        unk_token="<unk>",
-        initial_alphabet=[chr(i) for i in range(33, 127)],  # whatever a user types can be spelled
-        show_progress=False,
+        hard_vocab_limit=False,
+        normalization_rule_name="identity",  # done above
+        character_coverage=1.0,
+        required_chars="".join(map(chr, range(33, 127))),  # whatever a user types can be spelled
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        num_threads=1,
+        minloglevel=1,
     )
-    tokenizer.train_from_iterator(map(clean_prompt, captions), trainer)
+    trained = sentencepiece.SentencePieceProcessor(model_proto=file.getvalue())
+    pieces = [(trained.id_to_piece(i), trained.get_score(i)) for i in range(trained.vocab_size())]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
+    tokenizer.normalizer = normalizers.NFKC()
+    alone = pre_tokenizers.Split(Regex(ALONE), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), alone])
+    tokenizer.decoder = decoders.Metaspace()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
