@@ -20,12 +20,12 @@ def test_two_hundred_steps_killed_resumed_exported_and_sampled(tmp_path: Path) -
     output = tmp_path / "run"
     values = (f"steps={STEPS}", "save_every=20", "sample_every=100", "world.clips=32", "batch_size=2")
     first = start(output, *values)
-    wait_for_step(output, 50)
+    wait_for_step(output, 50, 600)
     first.kill()
     first.communicate()
     before = {line["step"]: line for line in read_metrics(output / "metrics.jsonl")}
     second = start(output, *values)
-    wait_for_step(output, max(before) + 40)
+    wait_for_step(output, max(before) + 40, 600)
     second.send_signal(signal.SIGTERM)
     out, errors = second.communicate(timeout=120)
     assert second.returncode == 0, errors

@@ -154,6 +154,8 @@ class _Builder:
         parallelize(dit, self.ranks.mesh)
         recompute(dit, self.config.parallel.recompute)
         if self.config.parallel.compile:
+            # With and without gradient, with and without a first hint, per shape: more variants than eight.
+            torch._dynamo.config.recompile_limit = 64
             for block in (*dit.blocks, *dit.vace_blocks):
                 block.compile()
         return dit
