@@ -12,7 +12,7 @@ from vdot.distillation.config import DistillConfig, GanConfig, NoiseConfig, Sche
 from vdot.distillation.draws import Draws
 from vdot.distillation.networks import Cast, Network
 from vdot.distillation.rollout import rollout
-from vdot.distillation.steps import critic_step, generator_step, terms_of
+from vdot.distillation.steps import critic_step, generator_step, judges, terms_of
 from vdot.flow import shift_sigma
 from vdot.models.discriminator import Discriminator
 from vdot.models.presets import DitConfig
@@ -139,7 +139,7 @@ def test_generator_step_against_the_discriminator(original):
 def test_critic_step_denoises(original):
     cast, batch, d, grads, record = original("critic_even")
     draws = Recorded(record["exit_flag"], {"start": d[0], "denoise": d[2]}, [], {"denoise_sigma": level(d[1])})
-    log = critic_step(cast, batch, draws, SCHEDULE, release_config(), {"dmd", "ot"}, section)
+    log = critic_step(cast, batch, draws, SCHEDULE, release_config(), judges(record["step"], release_config()), section)
     assert log["loss_fake"].item() == pytest.approx(record["denoising"], rel=1e-5)
     check(cast.fake.dit, grads, record["grad_norms"])
     assert not any(p.grad is not None for m in (cast.real.dit, cast.generator.dit, cast.heads) for p in m.parameters())
@@ -151,18 +151,20 @@ def test_critic_step_judges(original):
     noise = {"start": d[0], "gan": d[5], "denoise": torch.zeros_like(d[0])}
     levels = {"gan_sigma": level(d[4]), "denoise_sigma": torch.tensor([0.5])}
 
-    def step(terms: set[str]) -> dict[str, torch.Tensor]:
+    assert judges(record["step"], release_config())
+
+    def step(judge: bool) -> dict[str, torch.Tensor]:
         for module in (cast.fake.dit, cast.heads):
             module.zero_grad(set_to_none=True)
         draws = Recorded(record["exit_flag"], noise, d[1:4], levels)
-        log = critic_step(cast, batch, draws, SCHEDULE, release_config(), terms, section)
-        if "gan" in terms:
+        log = critic_step(cast, batch, draws, SCHEDULE, release_config(), judge, section)
+        if judge:
             assert 0.1 * log["loss_discriminator"].item() == pytest.approx(record["gan_D"], rel=1e-5)
             assert log["logit_fake"].item() == pytest.approx(record["fake_logit"], abs=1e-5)
             assert log["logit_real"].item() == pytest.approx(record["real_logit"], abs=1e-5)
         return {k: p.grad.clone() for k, p in cast.fake.dit.named_parameters() if p.grad is not None}
 
-    before, after = step(set()), step({"gan"})
+    before, after = step(False), step(True)
     check(cast.heads, grads, record["grad_norms"])
     compared = [k for k in grads if k in before]
     assert compared
@@ -320,8 +322,8 @@ def test_only_intended_weights_get_gradients(cast):
     modules = {"generator": cast.generator.dit, "real": cast.real.dit, "fake": cast.fake.dit, "heads": cast.heads}
     for step, terms, expected in (
         (generator_step, {"dmd", "ot", "gan"}, {"generator"}),
-        (critic_step, {"dmd"}, {"fake"}),
-        (critic_step, {"gan"}, {"fake", "heads"}),
+        (critic_step, False, {"fake"}),
+        (critic_step, True, {"fake", "heads"}),
     ):
         for module in modules.values():
             module.zero_grad(set_to_none=True)
@@ -340,7 +342,7 @@ def test_reference_frames_are_part_of_every_latent(cast):
     ]
     batch = batch_of(1, references=2, frames=3)
     generator_step(cast, batch, draws_of(batch), SCHEDULE, DistillConfig(), {"dmd", "ot", "gan"}, section)
-    critic_step(cast, batch, draws_of(batch), SCHEDULE, DistillConfig(), {"gan"}, section)
+    critic_step(cast, batch, draws_of(batch), SCHEDULE, DistillConfig(), True, section)
     for hook in hooks:
         hook.remove()
     assert set(seen) == {5}
@@ -350,6 +352,7 @@ def test_terms_take_turns_as_in_the_release():
     config = DistillConfig()
     updates = [step for step in range(40) if step % config.generator_every == 0]
     assert [sorted(terms_of(step, config)) for step in updates[:4]] == [["dmd", "ot"], ["gan"]] * 2
+    assert [judges(step, config) for step in range(4)] == [False, True, False, True]
     assert terms_of(0, DistillConfig(alternate=False)) == {"dmd", "ot", "gan"}
     assert terms_of(5, DistillConfig(gan=GanConfig(weight=0.0))) == {"dmd", "ot"}
 

@@ -33,7 +33,7 @@ def collected(trained: Trained) -> dict[str, Tensor]:
 
 
 def updates(teacher: str, output: str, values: dict, ulysses: int, ring: int) -> dict[str, dict[str, Tensor]]:
-    """Gradients by update and name after one step of each kind on this process's share of the batch; no update."""
+    """Gradients by update and name of a step of each kind on this process's share of the batch; no update."""
     world = dist.get_world_size() if dist.is_initialized() and ulysses else 1
     ranks = Ranks(mesh(ulysses, ring) if world > 1 else Ranks().mesh, dist.get_rank() if world > 1 else 0, world)
     config = toy_config(teacher, output, **values)
@@ -48,7 +48,8 @@ def updates(teacher: str, output: str, values: dict, ulysses: int, ring: int) ->
     for updater in objective.updaters:
         updater.__class__ = Recorded
     with objective.batches(0) as feeder:
-        for step in (0, config.distill.generator_every):  # DMD and OT, then GAN
+        every = config.distill.generator_every
+        for step in (0, every, every + 1):  # DMD and OT, GAN, the discriminator
             batches = [next(feeder) for _ in range(config.accumulation)]
             objective.step(step, batches, lambda name: nullcontext())
     return seen

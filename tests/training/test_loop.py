@@ -112,7 +112,8 @@ def test_metrics_say_what_a_researcher_asks(teacher, tmp_path):
     always = {"loss_fake", "norm_critic", "lr_critic", "tokens_per_second", "bad_steps", "bad_rows", "memory_gb"}
     assert scores | always | {"norm_generator", "time_rollout", "time_scores", "time_ot"} <= first.keys()
     assert always <= second.keys() and "norm_generator" not in second
-    assert {"loss_gan", "grad_gan", "loss_discriminator", "logit_real", "logit_fake"} <= third.keys()
+    assert {"loss_gan", "grad_gan", "logit_gap"} <= third.keys()
+    assert {"loss_discriminator", "logit_real", "logit_fake"} <= second.keys() and "logit_real" not in first
     assert first["ot_iterations"] == 60
 
 

@@ -72,7 +72,9 @@ class DistillConfig:
     balance: str = "rms"  # rms: each term's gradient has unit size before its weight | release: its raw reductions
     draws: str = "shared"  # shared: one noise and one evaluation for DMD and OT | separate: two, as the release
     generator_every: int = 5  # steps of the critic per step of the generator
-    alternate: bool = True  # DMD and OT on even generator steps, GAN on odd ones; false: all in each
+    # DMD and OT in every second step of the generator, GAN in the others, the discriminator in every second step of
+    # the critic; false: everything in each.
+    alternate: bool = True
 
     def __post_init__(self) -> None:
         _one_of("dmd.normalizer", self.dmd.normalizer, DMD_NORMALIZERS)

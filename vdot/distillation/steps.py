@@ -27,13 +27,17 @@ Section = Callable[[str], AbstractContextManager]  # times a part of a step
 
 
 def terms_of(step: int, config: DistillConfig) -> frozenset[str]:
-    """Terms of the objective that act in training step ``step`` (of the critic: whether ``gan`` is among them)."""
-    used = {name for name, weight in config.weights().items() if weight}
+    """Terms of the generator's objective when it is updated in training step ``step``: by turns, or all."""
+    used = frozenset(name for name, weight in config.weights().items() if weight)
     scores = used - {"gan"}
     if not (config.alternate and scores and "gan" in used):
-        return frozenset(used)
-    turn = step // config.generator_every if config.generator_every > 1 else step
-    return frozenset({"gan"} if turn % 2 else scores)
+        return used
+    return used & {"gan"} if (step // config.generator_every) % 2 else scores
+
+
+def judges(step: int, config: DistillConfig) -> bool:
+    """Whether the critic's step ``step`` trains the discriminator too: every second one where terms take turns."""
+    return bool(config.gan.critic_weight) and (step % 2 == 1 or not config.alternate)
 
 
 def generator_step(
@@ -84,11 +88,11 @@ def critic_step(
     draws: Draws,
     schedule: FewStepSchedule,
     config: DistillConfig,
-    terms: Collection[str],
+    judge: bool,
     section: Section,
     share: float = 1.0,
 ) -> Log:
-    """F learns to denoise what G makes; with ``gan`` among the terms, it and the heads learn to tell it from real."""
+    """F learns to denoise what G makes; to ``judge``, it and the heads learn to tell it from real clips."""
     with section("rollout"), torch.no_grad():
         x = _make(cast, batch, draws, schedule).x0
     sigma, noise, noisy = _noised(x, draws, "denoise", config.noise)
@@ -97,7 +101,7 @@ def critic_step(
     with section("backward"):
         cast.fake.backward(share * loss)
     log = {"loss_fake": loss.detach()}
-    if "gan" in terms:
+    if judge:
         with section("gan"):
             loss = _judge(cast, x, batch, draws, config, log)
         with section("backward"):

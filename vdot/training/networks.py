@@ -1,5 +1,6 @@
 """From a checkpoint to the networks of a run: loaded, split over ranks, in their roles, and what of them learns."""
 
+import atexit
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -231,12 +232,18 @@ def _average(gradient: Tensor, group: Group) -> Tensor:
     return gradient
 
 
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def _shard_mesh(device: torch.device, parallel: ParallelConfig, everyone: Group) -> DeviceMesh:
     """All ranks; with ``replicas``, (replicas, ranks that share one copy)."""
     if everyone.process_group is None and not dist.is_initialized():
         # FSDP needs a process group even for itself alone; this one is nobody else's.
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        atexit.register(_leave)
     size = everyone.size
     if parallel.replicas < 1 or size % parallel.replicas:
         raise ConfigError(f"parallel.replicas {parallel.replicas} must divide the number of processes, {size}")

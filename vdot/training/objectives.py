@@ -17,7 +17,7 @@ from vdot.data.dataset import Feeder, Sampler, Source
 from vdot.distillation.draws import Draws, keyed_generator
 from vdot.distillation.losses import denoising_loss
 from vdot.distillation.networks import Network
-from vdot.distillation.steps import Log, critic_step, generator_step, terms_of
+from vdot.distillation.steps import Log, critic_step, generator_step, judges, terms_of
 from vdot.errors import InputError
 from vdot.flow import add_noise, sigma_to_t
 from vdot.parallel.state import Ranks
@@ -238,9 +238,9 @@ class Distill(DitObjective):
         return generator_step(self.cast, batch, draws, self.schedule, self.config.distill, terms, section, share)
 
     def _critic(self, step: int, section: Section, batch: Batch, share: float) -> Log:
-        draws = self._draws(step, "critic", batch)
-        terms = self._terms(step, batch)
-        return critic_step(self.cast, batch, draws, self.schedule, self.config.distill, terms, section, share)
+        draws, config = self._draws(step, "critic", batch), self.config.distill
+        judge = batch.real is not None and judges(step, config)
+        return critic_step(self.cast, batch, draws, self.schedule, config, judge, section, share)
 
     def _draws(self, step: int, role: str, batch: Batch) -> Draws:
         return Draws(self.config.seed, step, role, batch.numbers, batch.shape.latent, self.device)
