@@ -20,6 +20,7 @@ from vdot.data.world import WorldConfig
 from vdot.request import Defaults, Request, prepare
 from vdot.video import to_model
 
+FLAT = 0.05  # of the range 2: there is nothing to be seen
 STILL_FRAMES = 5  # rendered for a picture, one of which is taken: a whole motion, cheaply
 
 
@@ -48,13 +49,18 @@ def draw_clip(world: WorldConfig, number: int, frames: int, condition: bool) -> 
     rendered = world.frames if frames > 1 else STILL_FRAMES
     size = {"frames": rendered, "width": world.size, "height": world.size}
     task = draw_task(world.seed + number, names[int(rng.integers(len(names)))], split=world.split, **size)  # type: ignore[arg-type]
-    if not condition:
-        clip = to_model(task.video)
-    else:
+    if condition:
         parts, _ = split_clips(prepare(Request(**task.request()), Defaults()).condition)
-        usable = [part for part in parts if part.shape[1] >= frames and part.amin() < part.amax()]
-        colour = torch.from_numpy(rng.uniform(-1, 1, (3, 1, 1, 1))).float().expand(3, frames, world.size, world.size)
-        clip = usable[int(rng.integers(len(usable)))] if usable else colour
+    else:
+        parts = [to_model(task.video)]
+    windows = [_window(part, frames, rng) for part in parts if part.shape[1] >= frames]
+    seen = [window for window in windows if window.amax() - window.amin() > FLAT]
+    if seen:
+        return seen[int(rng.integers(len(seen)))]
+    return torch.from_numpy(rng.uniform(-1, 1, (3, 1, 1, 1))).float().expand(3, frames, world.size, world.size)
+
+
+def _window(clip: Tensor, frames: int, rng: np.random.Generator) -> Tensor:
     start = int(rng.integers(clip.shape[1] - frames + 1))
     return clip[:, start : start + frames]
 
