@@ -19,6 +19,7 @@ from vdot.data.encoding import load_encoder
 from vdot.data.world import WorldSource
 from vdot.entry import enter
 from vdot.errors import ConfigError
+from vdot.memory import is_out_of_memory
 from vdot.parallel.launch import Launch, own_device
 from vdot.parallel.state import Ranks
 from vdot.pipeline import checkpoint_defaults
@@ -72,13 +73,14 @@ def parse(argv: Sequence[str], prog: str) -> tuple[TrainConfig, argparse.Namespa
     if config.ckpt_dir is None and config.objective not in FROM_NOTHING:
         raise ConfigError("ckpt_dir is missing: give the checkpoint folder of the teacher, ckpt_dir=models/...")
     name = Path(args.config).stem if args.config else "run"
-    output = config.output_dir or str(Path("results") / "train" / name)
+    # Beside the code, so that the same command resumes from whatever folder it is given.
+    output = config.output_dir or str((ROOT if (ROOT / "configs").is_dir() else Path()) / "results" / "train" / name)
     return replace(config, output_dir=output, ckpt_dir=config.ckpt_dir and _in_root(config.ckpt_dir)), args
 
 
 def _find(path: str | None) -> str | None:
     """A YAML from here, or by its name in configs/train."""
-    if path is None or Path(path).exists():
+    if path is None or Path(path).is_file():
         return path
     folder = ROOT / "configs" / "train"
     for candidate in (folder / path, folder / f"{path}.yaml", ROOT / path):
@@ -112,7 +114,15 @@ def _run(argv: Sequence[str], prog: str, ranks: Ranks) -> int:
         if args.export:
             export_only(config, ranks, device, open_objective)
             return 0
-        stopped = train(config, ranks, device, open_objective)
+        try:
+            stopped = train(config, ranks, device, open_objective)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise ConfigError(
+                "the device ran out of memory: use parallel.recompute=full, more processes for each video "
+                "(parallel.ulysses_size), lora.rank, or smaller clips; --dry_run counts what each takes"
+            ) from error
     if stopped is not None:
         log.info("stopped by %s, everything is saved: resume with the same command", stopped)
     else:
