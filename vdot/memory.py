@@ -219,8 +219,8 @@ def plan_generation(
     dit_dtype, text_dtype, vae_dtype = dtypes
     with torch.device("meta"):
         dit = VaceDiT(dit_config)
-        text = UMT5EncoderModel(UMT5Config(**_plain(text_config)))
-        vae = WanVAE(AutoencoderKLWan.from_config(_plain(vae_config)))
+        text = UMT5EncoderModel(UMT5Config(**plain(text_config)))
+        vae = WanVAE(AutoencoderKLWan.from_config(plain(vae_config)))
     vae.counts_for = device_type
     for module, dtype, islands in ((dit, dit_dtype, dit.FLOAT32_ISLANDS), (text, text_dtype, ()), (vae, vae_dtype, ())):
         for name, parameter in module.named_parameters():
@@ -234,19 +234,19 @@ def plan_generation(
     context = torch.empty(1, dit_config.vace_in_dim, frames, rows, columns, device="meta")
     stages = (
         count_stage("text encoder", text, lambda: text(input_ids=ids)),
-        _count_encode(vae, condition),
+        count_encode(vae, condition),
         count_stage(
             "transformer",
             dit,
             lambda: dit(latents, torch.zeros(1, device="meta"), told, context, lengths=[dit_config.text_len]),
             repeats=schedule.evaluations,
         ),
-        _count_decode(vae, condition),
+        count_decode(vae, condition),
     )
     return MemoryPlan(stages)
 
 
-def _count_encode(vae: WanVAE, condition: Condition) -> StageCount:
+def count_encode(vae: WanVAE, condition: Condition) -> StageCount:
     clips = 0 if condition.source is None else 1 if condition.mask is None else 2
 
     def count(frames: int) -> StageCount:
@@ -259,7 +259,7 @@ def _count_encode(vae: WanVAE, condition: Condition) -> StageCount:
     return replace(clip, activations=max((part.activations for part in needed), default=0), flops=flops)
 
 
-def _count_decode(vae: WanVAE, condition: Condition) -> StageCount:
+def count_decode(vae: WanVAE, condition: Condition) -> StageCount:
     def count(frames: int) -> StageCount:
         latents = torch.empty(1, 16, frames, condition.height // 8, condition.width // 8, device="meta")
         return count_stage("vae decode", vae, lambda: [None for _ in vae.decode_stream(latents)], whole=True)
@@ -278,6 +278,6 @@ def _continued(count: Callable[[int], StageCount], vae: WanVAE, condition: Condi
     return replace(b, flops=flops, activations=round(a.activations + steps * (b.activations - a.activations)))
 
 
-def _plain(config: Any) -> dict[str, Any]:
+def plain(config: Any) -> dict[str, Any]:
     values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     return {key: value for key, value in values.items() if not key.startswith("_")}

@@ -36,16 +36,26 @@ class WorldConfig:
             raise ConfigError("world: size must be a multiple of 16, frames 4k + 1, split train or test")
 
 
+def world_rows(config: WorldConfig) -> tuple[list[str], list[Shape]]:
+    """Task and shape of every clip; nothing is rendered."""
+    names = config.tasks or list(TASKS)
+    tasks = [names[i % len(names)] for i in range(config.clips)]
+    grid = ((config.frames - 1) // 4 + 1, config.size // 8, config.size // 8)
+    split, size = _split(config.split), _size(config)
+    references = [count_references(config.seed + i, task, split, **size) for i, task in enumerate(tasks)]
+    return tasks, [Shape(count, *grid) for count in references]
+
+
+def _size(config: WorldConfig) -> dict[str, int]:
+    return {"frames": config.frames, "width": config.size, "height": config.size}
+
+
 class WorldSource:
     """Clip ``i`` shows scene ``seed + i`` as one of the tasks, in turn."""
 
     def __init__(self, config: WorldConfig, encoder: Encoder, negative_prompt: str) -> None:
         self.config, self.encoder = config, encoder
-        names = config.tasks or list(TASKS)
-        self.tasks = [names[i % len(names)] for i in range(config.clips)]
-        self.options = {"frames": config.frames, "width": config.size, "height": config.size}
-        grid = ((config.frames - 1) // 4 + 1, config.size // 8, config.size // 8)
-        self.shapes = [Shape(self._references(i), *grid) for i in range(config.clips)]
+        self.tasks, self.shapes = world_rows(config)
         self.paired = [True] * config.clips
         self.identity = repr(asdict(config))
         self._negative = negative_prompt
@@ -55,13 +65,9 @@ class WorldSource:
     def __len__(self) -> int:
         return self.config.clips
 
-    def _references(self, index: int) -> int:
-        c = self.config
-        return count_references(c.seed + index, self.tasks[index], _split(c.split), **self.options)
-
     def clip(self, index: int) -> TaskClip:
         c = self.config
-        return draw_task(c.seed + index, self.tasks[index], _split(c.split), **self.options)
+        return draw_task(c.seed + index, self.tasks[index], _split(c.split), **_size(c))
 
     def load(self, index: int) -> Example:
         with self._lock:

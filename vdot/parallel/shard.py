@@ -50,7 +50,7 @@ class Fsdp:
             if "ignored_params" not in inspect.signature(fully_shard).parameters:
                 raise MissingDependencyError("--dit_fsdp needs a newer PyTorch: pip install 'torch>=2.8'")
             options["ignored_params"] = set(whole.values())
-        for block in _blocks(module):
+        for block in blocks_of(module):
             fully_shard(block, mp_policy=self.policy, **options)
         for group in _float32_groups(module):
             fully_shard(group, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), **options)
@@ -80,7 +80,7 @@ def is_sharded(module: nn.Module) -> bool:
     return any(isinstance(m, FSDPModule) for m in module.modules())
 
 
-def _blocks(module: nn.Module) -> list[nn.Module]:
+def blocks_of(module: nn.Module) -> list[nn.Module]:
     if isinstance(module, VaceDiT):
         return [*module.blocks, *module.vace_blocks]
     return list(module.encoder.block)  # type: ignore[union-attr, arg-type]

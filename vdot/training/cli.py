@@ -23,11 +23,13 @@ from vdot.memory import is_out_of_memory
 from vdot.parallel.launch import Launch, own_device
 from vdot.parallel.state import Ranks
 from vdot.pipeline import checkpoint_defaults
-from vdot.runtime import log, pick_device
+from vdot.runtime import log, pick_device, total_memory
 from vdot.training.autoencoder import Autoencoder
 from vdot.training.config import TrainConfig
 from vdot.training.loop import export_only, train
+from vdot.training.memory import Split
 from vdot.training.objectives import Distill, Flow, Objective
+from vdot.training.plan import largest, plan_training, read_rows
 from vdot.training.text import TextEncoder
 
 OBJECTIVES: dict[str, Callable[..., Objective]] = {"distill": Distill, "flow": Flow}
@@ -39,7 +41,7 @@ EPILOG = """examples:
   bash training/train_vdot.sh vdot_14b data.path=train.csv      configs/train/vdot_14b.yaml on all GPUs of this machine
   python training/train.py --config configs/train/tiny.yaml steps=50 distill.ot.eps=0.05
   torchrun --nproc_per_node 8 training/train.py --config configs/train/vdot_14b.yaml data.encoded=data/encoded
-  python training/train.py --config configs/train/vdot_14b.yaml --dry_run
+  python training/train.py --config configs/train/vdot_14b.yaml --dry_run --gpus 8
 
 The same command goes on where it was stopped: by Ctrl-C, SIGTERM or SIGUSR1, which save first, or by a crash.
 Every key of vdot/training/config.py can be written as key=value; each YAML in configs/train opens with its hardware,
@@ -64,6 +66,7 @@ def parse(argv: Sequence[str], prog: str) -> tuple[TrainConfig, argparse.Namespa
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values over those of the YAML")
     parser.add_argument("--config", metavar="FILE", help="YAML of configs/train, or your own")
     parser.add_argument("--dry_run", action="store_true", help="check everything and print memory, work and data")
+    parser.add_argument("--gpus", type=int, metavar="N", help="with --dry_run: on so many (default: as started)")
     parser.add_argument("--export", action="store_true", help="export the newest checkpoint instead of training")
     args = parser.parse_intermixed_args(argv)
     if args.config is None and not args.overrides:
@@ -102,6 +105,9 @@ def _run(argv: Sequence[str], prog: str, ranks: Ranks) -> int:
         device = own_device(pick_device(config.device), Launch.from_environment())
         if config.ckpt_dir is not None:
             inspect_checkpoint(config.ckpt_dir)
+    if args.dry_run:
+        dry_run(config, ranks, args.gpus or ranks.world)
+        return 0
     with ExitStack() as stack:
 
         def open_objective() -> Objective:
@@ -109,6 +115,10 @@ def _run(argv: Sequence[str], prog: str, ranks: Ranks) -> int:
                 return FROM_NOTHING[config.objective](config, ranks, device)
             source = open_data(config, device, ranks)
             stack.callback(source.close)
+            if device.type == "cuda":
+                with ranks.agree():
+                    latent = largest(source.shapes)
+                    plan_training(config, latent, ranks.world).memory.check_fit(total_memory(device))
             return OBJECTIVES[config.objective](config, ranks, device, source)
 
         if args.export:
@@ -130,15 +140,39 @@ def _run(argv: Sequence[str], prog: str, ranks: Ranks) -> int:
     return 0
 
 
-def open_data(config: TrainConfig, device: torch.device, ranks: Ranks) -> Source:
-    """What the configuration names: encoded rows, a table, or clips of the procedural world."""
-    assert config.ckpt_dir is not None
+def dry_run(config: TrainConfig, ranks: Ranks, gpus: int) -> None:
+    """Check the configuration, every row and the checkpoints' headers, and say what the run would take."""
+    if config.objective in FROM_NOTHING:
+        log.info(
+            "%s: the configuration is valid; its data is drawn as it trains, and it fits any GPU", config.objective
+        )
+        return
+    with ranks.agree():
+        check_named(config)
+        if config.generator_init is not None:
+            inspect_checkpoint(config.generator_init)
+        Split.of(config, gpus)
+    rows = read_rows(config, ranks)
+    with ranks.agree():
+        if ranks.rank == 0:
+            lines = [*plan_training(config, largest(rows.shapes), gpus).describe(), *rows.describe(config)]
+            log.info("%s", "\n".join(lines))
+
+
+def check_named(config: TrainConfig) -> None:
+    """``ConfigError`` unless the configuration names its data, and once."""
     named = [config.data.encoded is not None, config.data.path is not None, config.world.clips > 0]
     if sum(named) != 1:
         raise ConfigError(
             "name the training data, one of: data.encoded=FOLDER (made by training/encode.py), data.path=TABLE.csv, "
             "or world.clips=NUMBER of the procedural world"
         )
+
+
+def open_data(config: TrainConfig, device: torch.device, ranks: Ranks) -> Source:
+    """What the configuration names: encoded rows, a table, or clips of the procedural world."""
+    assert config.ckpt_dir is not None
+    check_named(config)
     if not config.world.clips:
         return open_source(config.data, config.ckpt_dir, device, ranks=ranks)
     with ranks.agree():
