@@ -1,0 +1,258 @@
+"""Many clips -> a table: means per task and metric with intervals, a normalised score, JSON and Markdown.
+
+The score. Of task k and metric m, with v the mean of what was generated, c of the truth and f of what deserves nothing
+(see :class:`vdot.evaluate.measure.Metric`): ``s = clip((v - f) / (c - f), 0, 1)``; where 0 is best, v is the mean of
+the magnitudes and c = 0. The score of a task is the mean over its groups of the mean over their metrics; the score of
+a table is the mean over tasks, times 100. A metric whose c and f do not differ clearly in a task is left out there.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vdot.data.sprites.tasks import TaskClip
+from vdot.errors import InputError
+from vdot.evaluate.measure import GROUPS, METRICS, Measurer, Values
+from vdot.video.output import atomic_path
+
+RESAMPLES = 1000
+LEVEL = 0.95
+CLEAR = 0.05  # of the larger of |c| and |f|: what they must differ by for a metric to tell anything
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One clip: what it got, what the truth gets, and what deserves nothing gets."""
+
+    task: str
+    prompt: str
+    values: Values
+    ceiling: Values
+    floor: Values
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Mean of ``n`` clips and its bootstrap interval; ``skill`` is s above, ``None`` where it does not apply."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+    ceiling: float | None
+    floor: float | None
+    skill: float | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells by task (and :data:`ALL`) and metric; a metric that was measured on no clip is absent: not measured."""
+
+    cells: dict[str, dict[str, Cell]]
+    scores: dict[str, tuple[float, float, float]]  # by task and ALL: score, low, high
+    rows: tuple[Row, ...]
+    distances: dict[str, float] = field(default_factory=dict)  # of the whole set, such as those of distribution.py
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; what was not measured is null."""
+        cells = {task: {name: vars(cell) for name, cell in row.items()} for task, row in self.cells.items()}
+        about = {name: vars(metric) for name, metric in METRICS.items()}
+        scores = {task: dict(zip(("score", "low", "high"), s, strict=True)) for task, s in self.scores.items()}
+        rows = [vars(row) for row in self.rows]
+        return {"scores": scores, "distances": self.distances, "cells": cells, "clips": rows, "metrics": about}
+
+    def save(self, path: Path | str) -> None:
+        """As JSON, whole or not at all; ``OutputError`` if the disk refuses."""
+        text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
+        with atomic_path(path) as temporary:
+            Path(temporary).write_text(text + "\n", encoding="utf-8")
+
+    def markdown(self) -> str:
+        """Metrics of all clips with floor and ceiling, then the score of every task."""
+        lines = [
+            "| metric | unit | better | mean | 95% | truth | nothing | clips |",
+            "|---|---|---|--:|---|--:|--:|--:|",
+        ]
+        for name, metric in METRICS.items():
+            cell = self.cells[ALL].get(name)
+            shown = "not measured | | | | 0" if cell is None else _cell_text(cell)
+            lines.append(f"| {name} | {metric.unit} | {metric.better} | {shown} |")
+        lines += ["", "| task | score | 95% | " + " | ".join(GROUPS) + " |", "|---|--:|---|" + "--:|" * len(GROUPS)]
+        by_task = {
+            task: _group_means({name: cell.skill for name, cell in self.cells[task].items()})
+            for task in self.scores
+            if task != ALL
+        }
+        for task, (score, low, high) in self.scores.items():
+            groups = by_task.get(task) or _over_tasks(list(by_task.values()))
+            shown = " | ".join(f"{100 * groups[g]:.1f}" if g in groups else "" for g in GROUPS)
+            lines.append(f"| {task} | {score:.1f} | {low:.1f} to {high:.1f} | {shown} |")
+        lines += [f"\n{name}: {value:.4g}" for name, value in self.distances.items()]
+        return "\n".join(lines) + "\n"
+
+
+def _cell_text(cell: Cell) -> str:
+    marks = (f"{value:.3g}" if value is not None else "" for value in (cell.ceiling, cell.floor))
+    return f"{cell.mean:.3g} | {cell.low:.3g} to {cell.high:.3g} | {' | '.join(marks)} | {cell.n}"
+
+
+def measure_clips(
+    clips: Iterable[tuple[TaskClip, np.ndarray]], progress: Callable[[int], None] | None = None
+) -> list[Row]:
+    """Each clip, its truth, and the two that deserve nothing: another clip of its task, and its frames shuffled.
+
+    The other clip is the task's next, and the first for the last; with one clip of a task there is no such floor.
+    ``InputError`` when a video does not have its task's shape.
+    """
+    pairs = list(clips)
+    by_task: dict[str, list[int]] = {}
+    for index, (task, _) in enumerate(pairs):
+        by_task.setdefault(task.task, []).append(index)
+    rows = []
+    for index, (task, frames) in enumerate(pairs):
+        measurer = Measurer(task)
+        mine = by_task[task.task]
+        others = (pairs[mine[(mine.index(index) + k) % len(mine)]][0] for k in range(1, len(mine)))
+        other = next((o.video for o in others if o.prompt != task.prompt and o.video.shape == task.video.shape), None)
+        rows.append(Row(task.task, task.prompt, measurer(frames), measurer.ceiling(), measurer.floor(other)))
+        if progress is not None:
+            progress(index + 1)
+    return rows
+
+
+def evaluate(
+    clips: Iterable[tuple[TaskClip, np.ndarray]],
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    distances: Mapping[str, float] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Table:
+    """Tasks with what was generated for them, uint8 ``[T, H, W, 3]`` -> the table.
+
+    Intervals are bootstrap percentiles over clips, within each task: they hold for other clips of the same kind, and
+    several seeds of one prompt count as so many clips.
+    """
+    return tabulate(measure_clips(clips, progress), resamples=resamples, seed=seed, distances=distances)
+
+
+def tabulate(
+    rows: Sequence[Row],
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    distances: Mapping[str, float] | None = None,
+) -> Table:
+    """The table of measured clips."""
+    if not rows:
+        raise InputError("there is no clip to evaluate")
+    tasks = list(dict.fromkeys(row.task for row in rows))
+    rng = np.random.default_rng(seed)
+    cells, scores, samples = {}, {}, []
+    for task in tasks:
+        cells[task], scores[task], spread = _task_table([row for row in rows if row.task == task], resamples, rng)
+        samples.append(spread)
+    cells[ALL], _, _ = _task_table(rows, resamples, rng)
+    known = [(scores[task][0], spread) for task, spread in zip(tasks, samples, strict=True)]
+    total = np.mean([spread for _, spread in known], axis=0)
+    scores[ALL] = (float(np.mean([score for score, _ in known])), *_interval(total))
+    return Table(cells, scores, tuple(rows), dict(distances or {}))
+
+
+def _task_table(
+    rows: Sequence[Row], resamples: int, rng: np.random.Generator
+) -> tuple[dict[str, Cell], tuple[float, float, float], np.ndarray]:
+    """Cells, score, and the score of every resample ``[resamples]``."""
+    picks = rng.integers(len(rows), size=(resamples, len(rows)))
+    cells: dict[str, Cell] = {}
+    groups: dict[str, list[np.ndarray]] = {}
+    for name, metric in METRICS.items():
+        values, ceiling, floor = (_column(rows, name, part) for part in ("values", "ceiling", "floor"))
+        if np.isnan(values).all():
+            continue
+        magnitude = np.abs(values) if metric.better == "zero" else values
+        best = np.zeros(len(rows)) if metric.better == "zero" else ceiling
+        means, own = _means(values[picks]), _means(magnitude[picks])
+        high, low = _means(best[None])[0], _means(floor[None])[0]
+        gap = high - low
+        clear = abs(gap) > CLEAR * max(abs(high), abs(low)) if np.isfinite(gap) else False
+        skill = float(np.clip((_means(magnitude[None])[0] - low) / gap, 0, 1)) if clear else None
+        if clear:
+            groups.setdefault(metric.group, []).append(np.clip((own - low) / gap, 0, 1))
+        cells[name] = Cell(
+            float(np.nanmean(values)), *_interval(means), int(np.isfinite(values).sum()),
+            None if np.isnan(high) else float(high), None if np.isnan(low) else float(low), skill,
+        )  # fmt: skip
+    score = _score({name: cell.skill for name, cell in cells.items()})
+    parts = [np.nanmean(group, axis=0) for group in groups.values()]
+    spread = 100 * np.nanmean(parts, axis=0) if parts else np.full(resamples, np.nan)
+    return cells, (score, *_interval(spread)), spread
+
+
+def _column(rows: Sequence[Row], name: str, part: str) -> np.ndarray:
+    known = (getattr(row, part).get(name) for row in rows)
+    return np.array([np.nan if value is None else value for value in known], np.float64)
+
+
+def _means(values: np.ndarray) -> np.ndarray:
+    """Over the last axis, of what was measured; nan where nothing was."""
+    known = np.isfinite(values)
+    count = known.sum(-1)
+    return np.where(count > 0, np.where(known, values, 0).sum(-1) / np.maximum(count, 1), np.nan)
+
+
+def _interval(samples: np.ndarray) -> tuple[float, float]:
+    tail = 50 * (1 - LEVEL)
+    low, high = np.nanpercentile(samples, [tail, 100 - tail])
+    return float(low), float(high)
+
+
+def _group_means(skills: Mapping[str, float | None]) -> dict[str, float]:
+    groups: dict[str, list[float]] = {}
+    for name, skill in skills.items():
+        if skill is not None:
+            groups.setdefault(METRICS[name].group, []).append(skill)
+    return {group: float(np.mean(values)) for group, values in groups.items()}
+
+
+def _over_tasks(tasks: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Mean of each group over the tasks that have it."""
+    known = {group: [task[group] for task in tasks if group in task] for group in GROUPS}
+    return {group: float(np.mean(values)) for group, values in known.items() if values}
+
+
+def _score(skills: Mapping[str, float | None]) -> float:
+    groups = _group_means(skills)
+    return 100 * float(np.mean(list(groups.values()))) if groups else float("nan")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean of a - b over the clips that both were measured on, with its interval."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+def compare(a: Table, b: Table, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Difference]:
+    """Paired differences by metric, of the magnitudes where 0 is best; ``InputError`` unless the clips are the same."""
+    if [(row.task, row.prompt) for row in a.rows] != [(row.task, row.prompt) for row in b.rows]:
+        raise InputError("the tables are not of the same clips in the same order: their difference means nothing")
+    rng = np.random.default_rng(seed)
+    out = {}
+    for name, metric in METRICS.items():
+        first, second = (_column(table.rows, name, "values") for table in (a, b))
+        if metric.better == "zero":
+            first, second = np.abs(first), np.abs(second)
+        gaps = (first - second)[np.isfinite(first - second)]
+        if len(gaps):
+            means = gaps[rng.integers(len(gaps), size=(resamples, len(gaps)))].mean(1)
+            out[name] = Difference(float(gaps.mean()), *_interval(means), len(gaps))
+    return out
