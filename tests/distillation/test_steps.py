@@ -275,6 +275,23 @@ def test_micro_batches_add_up_to_the_large_batch(cast, terms, references):
     torch.testing.assert_close(parts, whole, atol=1e-5 * whole.abs().max().item(), rtol=1e-3)
 
 
+def test_one_graph_at_a_time_gives_the_same_gradients(cast):
+    """float32, summed in the same order; adversarial steps of both sides, with penalties on real and on made clips."""
+    batch, modules = batch_of(2), (cast.generator.dit, cast.fake.dit, cast.heads)
+    found = []
+    for one_graph in (False, True):
+        config = DistillConfig(one_graph=one_graph, gan=GanConfig(r1=0.5, r2=0.25))
+        for module in modules:
+            module.zero_grad(set_to_none=True)
+        logs = generator_step(cast, batch, draws_of(batch), SCHEDULE, config, {"dmd", "ot", "gan"}, section)
+        logs |= critic_step(cast, batch, draws_of(batch), SCHEDULE, config, True, section)
+        grads = [p.grad.flatten() for module in modules for p in module.parameters() if p.grad is not None]
+        found.append((torch.cat(grads), logs))
+    (whole, logs), (part, again) = found
+    torch.testing.assert_close(part, whole, atol=1e-6 * whole.abs().max().item(), rtol=1e-4)
+    assert logs.keys() == again.keys() and {"loss_r1", "loss_r2", "loss_gan"} <= logs.keys()
+
+
 def test_shared_draws_ask_for_three_evaluations_and_separate_ones_for_six(cast):
     counts = {"shared": 0, "separate": 0}
     for mode in counts:

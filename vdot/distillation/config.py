@@ -75,6 +75,8 @@ class DistillConfig:
     # DMD and OT in every second step of the generator, GAN in the others, the discriminator in every second step of
     # the critic; false: everything in each.
     alternate: bool = True
+    # Keep the graph of one forward at a time: one forward more in adversarial steps, half the activations.
+    one_graph: bool = False
 
     def __post_init__(self) -> None:
         _one_of("dmd.normalizer", self.dmd.normalizer, DMD_NORMALIZERS)

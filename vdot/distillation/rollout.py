@@ -37,4 +37,9 @@ def rollout(velocity: Velocity, noise: Tensor, schedule: FewStepSchedule, exit_s
             x = latents
     t, sigma = schedule.timesteps()[exit_step], schedule.sigmas()[exit_step].item()
     t = t.to(x.device).expand(x.shape[0])
+    return predict(velocity, x, t, sigma)
+
+
+def predict(velocity: Velocity, x: Tensor, t: Tensor, sigma: float) -> Rollout:
+    """x0 from ``x`` at noise level ``sigma``, which the network is told as ``t [B]``."""
     return Rollout(velocity_to_x0(x, velocity(x, t).float(), sigma), x, t, sigma)

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from vdot.data.batch import Batch
 from vdot.distillation import losses
-from vdot.distillation.config import DistillConfig, NoiseConfig
+from vdot.distillation.config import DistillConfig, GanConfig, NoiseConfig
 from vdot.distillation.draws import Draws
 from vdot.distillation.networks import Cast
-from vdot.distillation.rollout import Rollout, rollout
+from vdot.distillation.rollout import Rollout, predict, rollout
 from vdot.flow import add_noise, sigma_to_t, velocity_to_x0
 from vdot.sampling import FewStepSchedule
 from vdot.transport import transport_latents
@@ -54,7 +54,8 @@ def generator_step(
 
     ``share`` of the whole update that this micro batch is.
     """
-    with section("rollout"):
+    twice = config.one_graph and "gan" in terms
+    with section("rollout"), torch.set_grad_enabled(not twice):
         made = _make(cast, batch, draws, schedule)
     log: Log = {"exit_step": torch.tensor(float(draws.choice("exit", schedule.steps)))}
     gradients: dict[str, Tensor] = {}
@@ -77,6 +78,9 @@ def generator_step(
             gradients["gan"] = _adversarial(cast, x, batch, draws, config, log)
     _compare(gradients, log)
     total = losses.combine(gradients, config.weights(), config.balance, config.ot_scale)
+    if twice:
+        with section("rollout"):
+            made = predict(partial(cast.generator, batch=batch), made.x, made.t, made.sigma)
     with section("backward"):
         cast.generator.backward(made.x0, share * total)
     return log
@@ -102,10 +106,7 @@ def critic_step(
         cast.fake.backward(share * loss)
     log = {"loss_fake": loss.detach()}
     if judge:
-        with section("gan"):
-            loss = _judge(cast, x, batch, draws, config, log)
-        with section("backward"):
-            cast.fake.backward(share * loss)
+        log |= _judge(cast, x, batch, draws, config, section, share)
     return log
 
 
@@ -169,23 +170,50 @@ def _adversarial(cast: Cast, x: Tensor, batch: Batch, draws: Draws, config: Dist
     return cast.average(grad)
 
 
-def _judge(cast: Cast, x: Tensor, batch: Batch, draws: Draws, config: DistillConfig, log: Log) -> Tensor:
-    """The discriminator's weighted loss, one noise for both halves."""
+def _judge(
+    cast: Cast, x: Tensor, batch: Batch, draws: Draws, config: DistillConfig, section: Section, share: float
+) -> Log:
+    """The discriminator's weighted loss, one noise for both halves, and its gradients.
+
+    Each forward has a backward pass of its own. In one pass through several, autograd would hold the gradients of all
+    weights, gathered, from the first to the last of them: 35 GB on every GPU at 14B.
+    """
     assert batch.real is not None
     gan = config.gan
-    sigma, noise, noisy = _noised(x, draws, "gan", gan.noise)
-    t, noisy_real = sigma_to_t(sigma), add_noise(batch.real, noise, sigma)
-    fake, real = cast.logits(noisy, t, batch), cast.logits(noisy_real, t, batch)
+    with section("gan"):
+        sigma, noise, noisy = _noised(x, draws, "gan", gan.noise)
+        t, inputs = sigma_to_t(sigma), {"fake": noisy, "real": add_noise(batch.real, noise, sigma)}
+        for name, half, weight in (("r1", "real", gan.r1), ("r2", "fake", gan.r2)):
+            if weight:
+                inputs[name] = inputs[half] + gan.perturbation * draws.noise(name)
+        seen: dict[str, Tensor] = {}
+        for name, each in inputs.items():
+            with torch.set_grad_enabled(not config.one_graph or len(seen) == len(inputs) - 1):
+                seen[name] = cast.logits(each, t, batch)
+        logits = {name: value.detach().requires_grad_() for name, value in seen.items()}
+        loss, log = _discriminator_loss(logits, gan)
+        gradients = torch.autograd.grad(share * loss, list(logits.values()))
+    for name, gradient in reversed(list(zip(inputs, gradients, strict=True))):
+        last = seen.pop(name)
+        if not last.requires_grad:
+            with section("gan"):
+                last = cast.logits(inputs[name], t, batch)
+        with section("backward"):
+            cast.fake.backward(last, gradient)
+    return log
+
+
+def _discriminator_loss(logits: dict[str, Tensor], gan: GanConfig) -> tuple[Tensor, Log]:
+    fake, real = logits["fake"], logits["real"]
     loss = losses.discriminator_gan_loss(fake, real, gan.relativistic)
-    log |= {"loss_discriminator": loss.detach(), "logit_fake": fake.detach().mean(), "logit_real": real.detach().mean()}
+    log = {"loss_discriminator": loss.detach(), "logit_fake": fake.detach().mean(), "logit_real": real.detach().mean()}
     loss = gan.critic_weight * loss
-    for name, weight, input_, logits in (("r1", gan.r1, noisy_real, real), ("r2", gan.r2, noisy, fake)):
+    for name, weight, half in (("r1", gan.r1, real), ("r2", gan.r2, fake)):
         if weight:
-            moved = cast.logits(input_ + gan.perturbation * draws.noise(name), t, batch)
-            penalty = losses.smoothness_penalty(moved, logits)
+            penalty = losses.smoothness_penalty(logits[name], half)
             loss = loss + weight / 2 * penalty
             log[f"loss_{name}"] = penalty.detach()
-    return loss
+    return loss, log
 
 
 def _compare(gradients: dict[str, Tensor], log: Log) -> None:

@@ -40,7 +40,7 @@ from vdot.training.networks import head_sizes, taps_of
 from vdot.training.recompute import recompute
 
 GB = 1e9  # memory is sold by it
-RESERVE = 3e9  # assumed: CUDA context, NCCL's buffers, what the allocator cannot use
+RESERVE, NCCL = 1.5e9, 1.5e9  # assumed: CUDA's context and what the allocator cannot use; buffers of several ranks
 TEXT_ROWS = 96  # of a typical prompt
 Shape4 = tuple[int, ...]  # of a latent, (16, R + F, H, W)
 
@@ -124,6 +124,7 @@ class TrainingMemory:
 
     parts: tuple[Part, ...]
     phases: tuple[Phase, ...]
+    reserve: float = RESERVE
     host: float = 0.0  # bytes in host memory of each rank with parallel.offload
     advice: str = ""  # what would make it less
 
@@ -133,7 +134,7 @@ class TrainingMemory:
 
     @property
     def peak(self) -> float:
-        return self.resident + max(phase.total for phase in self.phases) + RESERVE
+        return self.resident + max(phase.total for phase in self.phases) + self.reserve
 
     def check_fit(self, total: float) -> None:
         """``ConfigError`` when a GPU with ``total`` bytes can never hold this."""
@@ -151,7 +152,7 @@ class TrainingMemory:
         for phase in self.phases:
             lines.append(f"  {phase.name:<32}" + _columns(phase.activations, phase.gradients, phase.gathered))
         worst = max(self.phases, key=lambda phase: phase.total)
-        lines.append(f"  {'assumed for CUDA, NCCL, allocator':<32}" + _columns(RESERVE)[1:])
+        lines.append(f"  {'assumed for CUDA, NCCL, allocator':<32}" + _columns(self.reserve)[1:])
         lines.append(f"  peak {self.peak / GB:.1f} GB, in the {worst.name}")
         if self.host:
             lines.append(f"  host memory of each process {self.host / GB:.1f} GB")
@@ -361,7 +362,8 @@ def plan_memory(
     if config.sample_every:
         copies = learn.swapped if config.ema_decay else 0.0
         phases.append(Phase("sample grid", grid + copies, 0.0, sizes.gathered(split.fsdp)))
-    return TrainingMemory(tuple(resident), tuple(phases), learn.host, _advice(config, split))
+    reserve = RESERVE + (NCCL if world > 1 else 0.0)
+    return TrainingMemory(tuple(resident), tuple(phases), reserve, learn.host, _advice(config, split))
 
 
 @dataclass(frozen=True)
@@ -517,6 +519,8 @@ def _advice(config: TrainConfig, split: Split) -> str:
         ways.append("parallel.recompute=full")
     if config.accumulation > 1 and not parallel.sync_each and split.fsdp and not config.lora.rank:
         ways.append("parallel.sync_each=true")
+    if config.objective == "distill" and not config.distill.one_graph:
+        ways.append("distill.one_graph=true")
     if split.sequence < split.world:
         ways.append(f"parallel.ulysses_size={split.world // parallel.ring_size}")
     if not config.lora.rank:

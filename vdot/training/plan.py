@@ -108,8 +108,9 @@ class StepCost:
         rollout = (d.schedule.steps + 1) / 2
         total, again, judged = rollout + 3, 1.0, 0.0
         if judges(step, d):  # both halves, to all weights
-            extra = (d.gan.r1 > 0) + (d.gan.r2 > 0)
-            total, again, judged = total + 3 * (2 + extra), again + 2 + extra, 3.0 * (2 + extra)
+            inputs = 2 + (d.gan.r1 > 0) + (d.gan.r2 > 0)
+            twice = inputs - 1 if d.one_graph else 0
+            total, again, judged = total + 3 * inputs + twice, again + inputs, 3 * inputs + twice
         if step % d.generator_every:
             return total, again, judged
         terms = terms_of(step, d)
@@ -118,7 +119,7 @@ class StepCost:
             draws = 2 if d.draws == "separate" and terms >= {"dmd", "ot"} else 1
             total += draws * (2 + (d.dmd.guidance != 1))
         if "gan" in terms:  # the real half is only looked at; the other one gives its input's gradient
-            total, again, judged = total + 3, again + 1, judged + 3
+            total, again, judged = total + 3 + d.one_graph, again + 1, judged + 3
         return total, again, judged
 
     def cycle(self, latent: Latent) -> float:
