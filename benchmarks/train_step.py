@@ -5,10 +5,11 @@
 
 "release" does what the public trainer does, in its order: prompts and clips go through text encoder and autoencoder in
 every step; all 512 text rows are attended to; DMD and OT draw a noise each and evaluate both scores for it, with six
-forwards; Sinkhorn is a loop over frames of sixty iterations with autograd through all of them; fake and real clips go through the
-critic as one batch, gradients through both; all activations are computed again. "ours" is vdot.distillation.steps on
-encoded rows. Same weights, latents, prompts, noise levels and float32. Four kinds of step: generator with DMD and OT,
-generator with GAN, critic that denoises, critic that also judges (the release's judges only and leaves out denoising: less work than ours).
+forwards; Sinkhorn is a loop over frames of sixty iterations with autograd through all of them; fake and real clips go
+through the critic as one batch, gradients through both; all activations are computed again. "ours" is
+vdot.distillation.steps on encoded rows. Same weights, latents, prompts, noise levels and float32. Four kinds of step:
+generator with DMD and OT, generator with GAN, critic that denoises, critic that also judges (the release then leaves
+out denoising: less work than ours).
 
 Operations are those of matrix products and attention. Memory is the highest resident size of a process of its own while
 it does one step, over what it held before (Linux; weights are not in it, gradients are).
