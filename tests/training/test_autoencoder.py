@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 from vdot.checkpoints import load_text_encoder, load_vae
 from vdot.config import load_config
 from vdot.data.captions import ABSENT, CLASSES, attributes, draw_captions
-from vdot.data.pictures import PictureFeeder, draw_clip
+from vdot.data.pictures import PictureFeeder, Stage, draw_clip
 from vdot.data.sprites import TASKS, corpus, draw_scene
 from vdot.data.world import WorldConfig
 from vdot.errors import ConfigError
@@ -21,11 +21,12 @@ from vdot.parallel.state import Ranks
 from vdot.training.autoencoder import Autoencoder, edge_error, latent_statistics, motion_error, psnr, settle
 from vdot.training.config import TrainConfig
 from vdot.training.loop import export_only, train
+from vdot.training.muon import Muon, orthogonal
 from vdot.training.text import scores, train_tokenizer
 
 CPU = torch.device("cpu")
-TINY = ["vae.base_dim=4", "world.size=32", "world.frames=9", "vae.lengths=[1,9]", "batch_size=2", "save_every=2",
-        "vae.evaluate_clips=2", "vae.statistics_clips=4", "generator.warmup=1", "sample_tasks=4", "ema_start=1",
+TINY = ["vae.base_dim=4", "world.size=32", "world.frames=9", "save_every=2", "vae.evaluate_clips=2",
+        "vae.statistics_clips=4", "generator.warmup=1", "sample_tasks=4", "ema_start=1",
         "generator.decay=constant", "export_dtype=float32"]  # fmt: skip
 
 
@@ -34,8 +35,12 @@ def config_of(name, folder, *overrides):
     return replace(config, output_dir=str(folder))
 
 
+STAGES = [Stage(3, [1], 16, 4), Stage(0, [1, 9], 0, 2)]
+
+
 def small_vae(folder, *overrides):
-    return config_of("tiny_vae", folder, *TINY, *overrides)
+    config = config_of("tiny_vae", folder, *TINY, *overrides)
+    return replace(config, vae=replace(config.vae, stages=STAGES))
 
 
 def run(config, kind=Autoencoder):
@@ -166,10 +171,22 @@ def load_line(line):
     return json.loads(line)
 
 
-def test_lengths_must_fit_the_world(tmp_path):
-    for lengths in ("[17]", "[4]", "[]"):
-        with pytest.raises(ConfigError, match="lengths"):
-            Autoencoder(small_vae(tmp_path, f"vae.lengths={lengths}"), Ranks(), CPU)
+@pytest.mark.parametrize(
+    ("stages", "reason"),
+    [
+        ([], "at least one"),
+        ([Stage(0), Stage(0)], "number of steps"),
+        ([Stage(lengths=[17])], "lengths"),
+        ([Stage(lengths=[4])], "lengths"),
+        ([Stage(lengths=[])], "lengths"),
+        ([Stage(lengths=[1], crop=20)], "crop"),
+        ([Stage(lengths=[1], crop=64)], "crop"),
+        ([Stage(lengths=[1], clips=3)], "clips"),
+    ],
+)
+def test_stages_that_do_not_fit_are_named(stages, reason):
+    with pytest.raises(ConfigError, match=reason):
+        PictureFeeder(WorldConfig(size=32, frames=9), stages, 0.4, 0, 2)
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------
@@ -177,15 +194,17 @@ def test_lengths_must_fit_the_world(tmp_path):
 
 def test_batches_depend_on_their_number_alone():
     world = WorldConfig(size=32, frames=9)
-    feeder = PictureFeeder(world, [1, 5, 9], 0.4, 2, 0, 1)
-    with feeder.batches(3, workers=2, prefetch=2) as batches:
-        ahead = [next(batches) for _ in range(3)]
-    assert [tuple(b.pixels.shape) for b in ahead] == [(18, 3, 1, 32, 32), (3, 3, 5, 32, 32), (2, 3, 9, 32, 32)]
-    for number, batch in enumerate(ahead, start=3):
+    stages = [Stage(3, [1], 16, 4), Stage(0, [1, 5, 9], 0, 2)]
+    feeder = PictureFeeder(world, stages, 0.4)
+    with feeder.batches(2, workers=2, prefetch=2) as batches:
+        ahead = [next(batches) for _ in range(4)]
+    shapes = [(4, 3, 1, 16, 16), (18, 3, 1, 32, 32), (3, 3, 5, 32, 32), (2, 3, 9, 32, 32)]
+    assert [tuple(batch.pixels.shape) for batch in ahead] == shapes
+    for number, batch in enumerate(ahead, start=2):
         assert batch.number == number and torch.equal(batch.pixels, feeder.draw(number).pixels)
         assert batch.pixels.abs().max() <= 1
-    halves = [PictureFeeder(world, [1, 5, 9], 0.4, 2, rank, 2).draw(5).pixels for rank in range(2)]
-    assert torch.equal(torch.cat(halves), ahead[2].pixels)
+    halves = [PictureFeeder(world, stages, 0.4, rank, 2).draw(5).pixels for rank in range(2)]
+    assert torch.equal(torch.cat(halves), ahead[3].pixels)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -247,3 +266,30 @@ def test_text_encoder_learns_and_loads(tmp_path):
     captions = draw_captions(range(2), "test")
     embeddings, lengths = encoder(list(captions.texts))
     assert embeddings.shape == (2, 512, 128) and np.all(lengths.numpy() > 5)
+
+
+# --- the optimizer ---------------------------------------------------------------------------------------------------
+
+
+def test_orthogonal_keeps_directions_and_evens_lengths():
+    """Against the singular value decomposition: U V' up to the iteration's known spread of singular values."""
+    for shape in ((16, 48), (48, 16)):
+        matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+        got = orthogonal(matrix)
+        values = torch.linalg.svdvals(got)
+        assert 0.6 < values.min() and values.max() < 1.3
+        assert torch.nn.functional.cosine_similarity(got.flatten(), (u @ v).flatten(), dim=0) > 0.97
+
+
+def test_muon_follows_adam_where_there_is_no_matrix():
+    torch.manual_seed(0)
+    mine, theirs = (torch.nn.Parameter(torch.ones(5)) for _ in range(2))
+    muon = Muon({"bias": mine}, 1e-2, (0.9, 0.99), weight_decay=0.1)
+    adam = torch.optim.AdamW([theirs], lr=1e-2, betas=(0.9, 0.99), weight_decay=0.1)
+    for _ in range(5):
+        mine.grad = torch.randn(5)
+        theirs.grad = mine.grad.clone()
+        muon.step()
+        adam.step()
+    torch.testing.assert_close(mine, theirs)

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -17,11 +17,22 @@ from torch import Tensor
 from vdot.conditioning import split_clips
 from vdot.data.sprites import TASKS, draw_task
 from vdot.data.world import WorldConfig
+from vdot.errors import ConfigError
 from vdot.request import Defaults, Request, prepare
 from vdot.video import to_model
 
 FLAT = 0.05  # of the range 2: there is nothing to be seen
 STILL_FRAMES = 5  # rendered for a picture, one of which is taken: a whole motion, cheaply
+
+
+@dataclass
+class Stage:
+    """A part of an autoencoder's training."""
+
+    steps: int = 0  # the last stage takes what remains
+    lengths: list[int] = field(default_factory=lambda: [1, 5, 17])  # frames; in turn, short clips in larger batches
+    crop: int = 0  # pixels, width and height, cut out of the frames; 0: whole frames
+    clips: int = 2  # of the longest length in a batch, over all ranks
 
 
 @dataclass(frozen=True)
@@ -68,16 +79,18 @@ def _window(clip: Tensor, frames: int, rng: np.random.Generator) -> Tensor:
 class PictureFeeder:
     """Iterator of one rank's part of each batch, drawn ahead in threads.
 
-    Batches take the lengths of ``lengths`` in turn, and as many clips as make up ``batch_size`` of the longest; of
-    these the share ``conditions`` is not real clips.
+    Batches take the lengths of their stage in turn, and as many clips as make up ``clips`` of the longest; of these the
+    share ``conditions`` is not real clips.
     """
 
     def __init__(
-        self, world: WorldConfig, lengths: Sequence[int], conditions: float, batch_size: int, rank: int, ranks: int
+        self, world: WorldConfig, stages: Sequence[Stage], conditions: float, rank: int = 0, ranks: int = 1
     ) -> None:
-        """``batch_size`` over all ranks; a multiple of ``ranks``."""
-        self.world, self.lengths, self.conditions = world, tuple(lengths), conditions
-        self.batch_size, self.rank, self.ranks = batch_size, rank, ranks
+        """ConfigError when a stage does not fit the world, or its clips the ranks."""
+        check_stages(stages, world, ranks)
+        self.world, self.stages, self.conditions = world, tuple(stages), conditions
+        self.rank, self.ranks = rank, ranks
+        self.most = max(stage.clips * max(stage.lengths) for stage in stages)
 
     @contextmanager
     def batches(self, start: int, workers: int, prefetch: int) -> Iterator[Iterator[Pictures]]:
@@ -97,12 +110,45 @@ class PictureFeeder:
                 number += 1
             yield ahead.popleft().result()
 
+    def stage(self, number: int) -> Stage:
+        """Of batch ``number``."""
+        for stage in self.stages[:-1]:
+            if number < stage.steps:
+                return stage
+            number -= stage.steps
+        return self.stages[-1]
+
     def draw(self, number: int) -> Pictures:
         """This rank's part of batch ``number``."""
-        longest, frames = max(self.lengths), self.lengths[number % len(self.lengths)]
-        count = max(1, self.batch_size // self.ranks * longest // frames)
-        first = number * self.batch_size * longest + self.rank * count
-        # Spread evenly over the clips of the run, whatever a batch has room for.
-        share = [int((n + 1) * self.conditions) > int(n * self.conditions) for n in range(first, first + count)]
-        clips = [draw_clip(self.world, first + i, frames, share[i]) for i in range(count)]
+        stage = self.stage(number)
+        frames = stage.lengths[number % len(stage.lengths)]
+        count = max(1, stage.clips // self.ranks * max(stage.lengths) // frames)
+        first = number * self.most + self.rank * count
+        clips = [self._clip(first + i, frames, stage.crop) for i in range(count)]
         return Pictures(torch.stack(clips), number)
+
+    def _clip(self, number: int, frames: int, crop: int) -> Tensor:
+        # Spread evenly over the clips of the run, whatever a batch has room for.
+        condition = int((number + 1) * self.conditions) > int(number * self.conditions)
+        clip = draw_clip(self.world, number, frames, condition)
+        if not crop:
+            return clip
+        top, left = np.random.default_rng((self.world.seed, number, 4)).integers(self.world.size - crop + 1, size=2)
+        return clip[..., top : top + crop, left : left + crop]
+
+
+def check_stages(stages: Sequence[Stage], world: WorldConfig, ranks: int) -> None:
+    """``ConfigError`` names the first thing that does not fit."""
+    if not stages or any(stage.steps < 1 for stage in stages[:-1]):
+        raise ConfigError("vae.stages must be at least one, and all but the last must have their number of steps")
+    for stage in stages:
+        wrong = [frames for frames in stage.lengths if frames < 1 or frames % 4 != 1 or frames > world.frames]
+        if wrong or not stage.lengths:
+            raise ConfigError(
+                f"a stage's lengths must be frame counts 4k + 1 of at most world.frames = {world.frames}, "
+                f"got {stage.lengths}"
+            )
+        if stage.crop % 8 or not 0 <= stage.crop <= world.size:
+            raise ConfigError(f"a stage's crop must be a multiple of 8 of at most {world.size}, got {stage.crop}")
+        if stage.clips < 1 or stage.clips % ranks:
+            raise ConfigError(f"a stage's clips must be a multiple of the {ranks} processes, got {stage.clips}")

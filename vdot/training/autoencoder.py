@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from vdot.models.vae import WanVAE
 from vdot.models.vae_whole import WholeClipVAE, start
 from vdot.parallel.state import Ranks
 from vdot.runtime import DTYPES, log
-from vdot.training.config import TrainConfig, VaeConfig
+from vdot.training.config import TrainConfig
 from vdot.training.objectives import Section
 from vdot.training.whole import WholeNetwork
 from vdot.video import contact_sheet, from_model
@@ -45,21 +45,15 @@ class Autoencoder(WholeNetwork):
 
     def __init__(self, config: TrainConfig, ranks: Ranks, device: torch.device) -> None:
         super().__init__(config, ranks, device)
-        check_lengths(config.vae, config.world)
+        vae = config.vae
+        self.feeder = PictureFeeder(config.world, vae.stages, vae.conditions, self.everyone.rank, self.everyone.size)
         with ranks.agree():
             self.network = WholeClipVAE(initial(config)).to(device).train()
         self.optimize(dict(self.network.model.named_parameters()))
         self._held: list[Held] | None = None
 
-    @contextmanager
-    def batches(self, start: int) -> Iterator[Iterator[Pictures]]:
-        config, everyone = self.config, self.everyone
-        vae, data = config.vae, config.data
-        feeder = PictureFeeder(
-            config.world, vae.lengths, vae.conditions, config.batch_size, everyone.rank, everyone.size
-        )
-        with feeder.batches(start, data.workers, data.prefetch) as batches:
-            yield batches
+    def batches(self, start: int) -> AbstractContextManager[Iterator[Pictures]]:
+        return self.feeder.batches(start, self.config.data.workers, self.config.data.prefetch)
 
     def step(self, step: int, batches: Sequence[Pictures], section: Section) -> dict[str, float]:
         values = self.updater.update(step, batches, partial(self._differentiate, section), section)
@@ -92,11 +86,10 @@ class Autoencoder(WholeNetwork):
         return {"loss": loss.detach()} | {name: part.detach() for name, part in parts.items()}
 
     def work(self, step: int, batch: Pictures) -> tuple[float, float]:
-        pixels = batch.pixels
-        scale = len(pixels) * self.everyone.size / self.config.batch_size  # short clips stand for long ones
-        _, _, frames, height, width = pixels.shape
+        clips, _, frames, height, width = batch.pixels.shape
+        scale = clips * self.everyone.size / self.config.batch_size  # the loop counts batch_size samples
         tokens = ((frames - 1) // 4 + 1) * (height // 8) * (width // 8)
-        return scale * tokens, 3 * scale * forward_flops(self.config.vae.base_dim, tuple(pixels.shape[2:]))
+        return scale * tokens, 3 * scale * forward_flops(self.config.vae.base_dim, (frames, height, width))
 
     # --- what it has learned
 
@@ -118,8 +111,7 @@ class Autoencoder(WholeNetwork):
             return {f"psnr_{held.name}": psnr(self._batched(held), held.pixels).mean().item() for held in self.held}
 
     def _batched(self, held: Held) -> Tensor:
-        size = max(1, self.config.batch_size)
-        return torch.cat([self._reconstruct(part.to(self.device)).cpu() for part in held.pixels.split(size)])
+        return torch.cat([self._reconstruct(part.to(self.device)).cpu() for part in held.pixels.split(2)])
 
     @torch.no_grad()
     def sample(self, step: int) -> dict[str, Path]:
@@ -177,15 +169,6 @@ def initial(config: TrainConfig) -> AutoencoderKLWan:
     model = AutoencoderKLWan(base_dim=config.vae.base_dim)
     start(model, config.seed)  # equal on all ranks
     return model
-
-
-def check_lengths(vae: VaeConfig, world: WorldConfig) -> None:
-    """``ConfigError`` unless the world's clips can be cut into clips of all lengths."""
-    wrong = [frames for frames in vae.lengths if frames < 1 or frames % 4 != 1 or frames > world.frames]
-    if wrong or not vae.lengths:
-        raise ConfigError(
-            f"vae.lengths must be frame counts 4k + 1 of at most world.frames = {world.frames}, got {vae.lengths}"
-        )
 
 
 @lru_cache(maxsize=16)

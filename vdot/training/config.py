@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from vdot.data.manifest import DataConfig
+from vdot.data.pictures import Stage
 from vdot.data.world import WorldConfig
 from vdot.distillation.config import DistillConfig, NoiseConfig
 from vdot.errors import ConfigError
@@ -14,6 +15,7 @@ OBJECTIVES = ("distill", "flow", "vae", "text")
 class OptimizerConfig:
     """AdamW. With the first beta 0, as the release has it, no first moment is kept."""
 
+    kind: str = "adamw"  # or muon: for small networks that are whole on every rank
     lr: float = 2e-6
     betas: list[float] = field(default_factory=lambda: [0.0, 0.999])
     weight_decay: float = 0.01
@@ -21,6 +23,10 @@ class OptimizerConfig:
     clip: float = 10.0  # largest norm of a gradient
     warmup: int = 0  # steps
     decay: str = "constant"  # constant | cosine, to 0 at the last step
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("adamw", "muon"):
+            raise ConfigError(f"an optimizer is adamw or muon, got {self.kind!r}")
 
 
 @dataclass
@@ -60,7 +66,7 @@ class VaeConfig:
     """The autoencoder, trained on clips of the procedural world (``world.size``, ``frames``, ``tasks``, ``seed``)."""
 
     base_dim: int = 16  # channels at full resolution; an existing autoencoder (ckpt_dir) keeps its own
-    lengths: list[int] = field(default_factory=lambda: [1, 5, 17])  # frames; in turn, short clips in larger batches
+    stages: list[Stage] = field(default_factory=lambda: [Stage()])  # from small and many steps to what it is for
     conditions: float = 0.4  # share of clips that are not real: controls, masked sources, references on white
     edges: float = 1.0  # weight of differences between neighbouring pixels beside that of the pixels
     motion: float = 0.5  # weight of differences between frames

@@ -25,6 +25,7 @@ from vdot.pipeline import checkpoint_defaults
 from vdot.sampling import FewStepSchedule
 from vdot.training.config import OptimizerConfig, TrainConfig
 from vdot.training.export import export
+from vdot.training.muon import Muon
 from vdot.training.networks import Trained, build
 from vdot.training.optim import Ema, Guard, clip_gradients, grad_norm, lr_at, make_optimizer, optimizer_state, set_lr
 from vdot.training.plan import StepCost
@@ -40,7 +41,8 @@ class Updater:
     def __init__(self, name: str, trained: Trained, config: OptimizerConfig, run: TrainConfig, guard: Guard) -> None:
         self.name, self.trained, self.config, self.run, self.guard = name, trained, config, run, guard
         betas = (config.betas[0], config.betas[1])
-        self.optimizer = make_optimizer(trained.parameters, config.lr, betas, config.weight_decay, config.eps)
+        make = Muon if config.kind == "muon" else make_optimizer
+        self.optimizer = make(trained.parameters, config.lr, betas, config.weight_decay, config.eps)
 
     def update(self, step: int, batches: Sequence[Any], differentiate: Callable, section: Section) -> dict[str, float]:
         """``differentiate(batch, share)`` leaves gradients behind and returns its log, for each micro batch.
