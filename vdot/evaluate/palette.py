@@ -20,7 +20,7 @@ BINS = 32  # per channel: eight levels a bin
 SPREAD = 1.0  # bins, standard deviation: what an autoencoder or a codec shifts a colour by
 SEEDS = 4  # instances of a painted landscape, since a caption fixes only its kind
 PRIOR = {"background": 0.75, "thing": 0.1, "other": 0.01}
-AGREEMENT, REACH, ROUNDS = 10.0, 1 / 40, 3  # of neighbouring labels: nats, short sides, rounds of mean field
+AGREEMENT, REACH, ROUNDS = 2.0, 1 / 40, 2  # of neighbouring labels: nats, short sides, rounds of mean field
 BACKGROUND, OTHER = 0, -1  # labels; things count from 1
 
 
@@ -63,17 +63,22 @@ class Palette:
         in a cloud does not.
         """
         reach = REACH * min(frames.shape[1:3])
-        labels = np.empty(frames.shape[:3], np.int64)
-        for frame, out in zip(frames, labels, strict=True):
-            likely = np.moveaxis(self.log[:, colour_bins(frame)], 0, -1)  # [H, W, K]
-            likely = cv2.GaussianBlur(likely, (3, 3), 0.6)
-            field = likely
-            for _ in range(ROUNDS):
-                share = np.exp(field - field.max(-1, keepdims=True))
-                share /= share.sum(-1, keepdims=True)
-                field = likely + AGREEMENT * cv2.GaussianBlur(share, (0, 0), reach)
-            field.argmax(-1, out=out)
+        bins = colour_bins(frames)
+        likely = _blurred(np.stack([table[bins] for table in self.log]), 0.6)  # [K, T, H, W]
+        field = likely
+        for _ in range(ROUNDS):
+            share = np.exp(field - field.max(0))
+            share /= share.sum(0)
+            field = likely + AGREEMENT * _blurred(share, reach)
+        labels = field.argmax(0)
         return np.where(labels == len(self.log) - 1, OTHER, labels).astype(np.int8)
+
+
+def _blurred(planes: np.ndarray, sigma: float) -> np.ndarray:
+    """Each picture of a contiguous ``[K, T, H, W]``, in place."""
+    for plane in planes.reshape(-1, *planes.shape[2:]):
+        cv2.GaussianBlur(plane, (0, 0), sigma, dst=plane)
+    return planes
 
 
 def _with_blur(picture: np.ndarray) -> np.ndarray:

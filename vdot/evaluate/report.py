@@ -189,8 +189,8 @@ def _task_table(
             None if np.isnan(high) else float(high), None if np.isnan(low) else float(low), skill,
         )  # fmt: skip
     score = _score({name: cell.skill for name, cell in cells.items()})
-    parts = [np.nanmean(group, axis=0) for group in groups.values()]
-    spread = 100 * np.nanmean(parts, axis=0) if parts else np.full(resamples, np.nan)
+    parts = [_means(np.stack(group, -1)) for group in groups.values()]
+    spread = 100 * _means(np.stack(parts, -1)) if parts else np.full(resamples, np.nan)
     return cells, (score, *_interval(spread)), spread
 
 
@@ -207,8 +207,10 @@ def _means(values: np.ndarray) -> np.ndarray:
 
 
 def _interval(samples: np.ndarray) -> tuple[float, float]:
+    """Percentiles of the resamples in which something was measured."""
     tail = 50 * (1 - LEVEL)
-    low, high = np.nanpercentile(samples, [tail, 100 - tail])
+    known = samples[np.isfinite(samples)]
+    low, high = np.percentile(known, [tail, 100 - tail]) if len(known) else (np.nan, np.nan)
     return float(low), float(high)
 
 

@@ -23,6 +23,7 @@ SEEN = 0.3  # share of a thing that must show for a frame to count
 SMALLEST, LARGEST = 0.3, 2.5  # area of what is taken for a thing, of the smallest and largest that it ever has
 PIECE = 0.2  # of the largest piece's area: smaller ones are specks, not parts behind something else
 ENOUGH = 0.5  # share of frames that a thing must be found in to be there
+SPECK = 0.01  # short sides squared: what is smaller is no surplus thing
 TIE = 0.02  # of overlap: a small ball and a small hexagon differ by less than the pixels allow to see
 TRACKED = 5  # frames needed to say how something moves
 
@@ -160,7 +161,7 @@ class Judge:
 
     def _surplus(self, masks: np.ndarray, foreground: np.ndarray) -> int:
         kernel = np.ones((5, 5), np.uint8)
-        smallest = SMALLEST * self._alone[self._alone > 0].min(initial=self.scene.unit**2)
+        smallest = SPECK * self.scene.unit**2
         counts = []
         for t, frame in enumerate(foreground):
             taken = cv2.dilate(masks[:, t].max(axis=0).astype(np.uint8), kernel) > 0
@@ -206,7 +207,7 @@ class Judge:
     def _colour(self, frames: np.ndarray, mask: np.ndarray, thing: int) -> tuple[str, float]:
         """The named colour that, on this thing and its pattern, explains the pixels best; and the error of the mean."""
         inside = frames[mask]
-        likely = self._recoloured[thing][:, colour_bins(inside)].mean(1)
+        likely = self._recoloured[thing] @ np.bincount(colour_bins(inside), minlength=BINS**3)
         drawn = self.clip.frames[self.clip.masks == thing + 1]
         gap = lab(inside).mean(0) - lab(drawn).mean(0) if len(drawn) else np.zeros(3)
         return COLOUR_NAMES[int(likely.argmax())], float(np.linalg.norm(gap))
