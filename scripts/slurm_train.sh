@@ -21,7 +21,6 @@
 #SBATCH --signal=B:USR1@300
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --output=results/slurm/%x-%j.log
 set -euo pipefail
 root="${SLURM_SUBMIT_DIR:-$PWD}"  # SLURM runs a copy of this file from elsewhere
 config="${1:?a name of configs/train, or a YAML file}"

@@ -171,21 +171,45 @@ def count_activations(
 ) -> dict[str, float]:
     """Peak bytes of each kind of step on one of ``sequence`` ranks, beside weights and their gradients.
 
-    The peak grows by the same for each further block and each further hint, so three shallow networks tell all.
+    The steps are run with three blocks. Each further block or hint adds what a graph keeps of it, as often as there are
+    graphs at the highest point.
     """
     taps = taps_of(dit, config.distill.gan)
     few = max(3, len(taps))
     if dit.num_layers <= few + 1 or len(dit.vace_layers) < 2:
         return count_step(config, dit, taps, latent, samples, sequence)
 
-    def peaks(layers: int, hints: int) -> dict[str, float]:
-        shallow = replace(dit, num_layers=layers, vace_layers=tuple(range(hints)))
-        last = tuple(range(layers - len(taps), layers))
-        return count_step(config, shallow, last, latent, samples, sequence)
+    def shallow(layers: int, hints: int) -> DitConfig:
+        return replace(dit, num_layers=layers, vace_layers=tuple(range(hints)))
 
-    base, block, hint = peaks(few, 1), peaks(few + 1, 1), peaks(few + 1, 2)
-    layers, hints = dit.num_layers - few, len(dit.vace_layers) - 1
-    return {k: base[k] + layers * (block[k] - base[k]) + hints * (hint[k] - block[k]) for k in base}
+    def graph(layers: int, hints: int) -> int:
+        return count_graph(config, shallow(layers, hints), latent, samples, sequence)
+
+    base = count_step(config, shallow(few, 1), tuple(range(few - len(taps), few)), latent, samples, sequence)
+    block, hint = graph(few + 1, 1) - graph(few, 1), graph(few + 1, 2) - graph(few + 1, 1)
+    more = (dit.num_layers - few) * block + (len(dit.vace_layers) - 1) * hint
+    return {name: peak + graphs_of(name, config) * more for name, peak in base.items()}
+
+
+def graphs_of(step: str, config: TrainConfig) -> int:
+    """Forwards of one network whose backward pass is still to come, at the highest point of a step."""
+    distill = config.distill
+    if step == "sample grid":
+        return 0
+    if step == "generator step" and distill.gan.weight:
+        return 1 if distill.one_graph else 2  # the generator's, and the fake score's that judges
+    if step == "critic step" and judges(1, distill):
+        return 1 if distill.one_graph else 2 + (distill.gan.r1 > 0) + (distill.gan.r2 > 0)
+    return 1
+
+
+def count_graph(config: TrainConfig, dit: DitConfig, latent: Shape4, samples: int, sequence: int) -> int:
+    """Bytes that one forward keeps for its backward pass."""
+    cast, modules = _cast_on_meta(config, dit, (), sequence)
+    batch, draws = _batch_on_meta(dit, latent, samples), _NoDraws(0, 0, "", range(samples), latent, META)
+    with LiveBytes(modules) as live:
+        _velocity = cast.generator(draws.noise("noise"), draws.sigma("sigma", 1.0, (), ()), batch)
+        return live.alive
 
 
 def count_step(
@@ -271,7 +295,7 @@ def _cast_on_meta(config: TrainConfig, dit: DitConfig, taps: tuple[int, ...], se
             adapters = add_adapters(network, config.lora, seed=0)
         roles = [partial(adapters.role, name) for name in ("generator", None, "fake")]
     heads = None
-    if config.distill.gan.weight or config.distill.gan.critic_weight:
+    if taps and (config.distill.gan.weight or config.distill.gan.critic_weight):
         heads = discriminator_on_meta(config, dit, len(taps))
     modules = nn.ModuleList([network] if heads is None else [network, heads])
     for seam in (m for m in modules.modules() if isinstance(m, Attend)):
