@@ -1,7 +1,8 @@
 """Muon: momentum whose directions all get the same length (Jordan et al. 2024), for the matrices of small networks.
 
 A convolution's weight is a matrix of output channels by everything else. Biases, gains and other vectors follow Adam.
-Measured on the autoencoder of the procedural world: after 120 steps the error that AdamW has after about 300.
+Measured on the autoencoder of the procedural world, 120 steps of 16 pictures of 32x32, one seed: mean absolute error of
+the last batch 0.14 to 0.16, with AdamW 0.21 to 0.22.
 """
 
 from collections.abc import Mapping
