@@ -23,7 +23,7 @@ from vdot.evaluate.classifier import (
 @pytest.fixture(scope="module")
 def trained() -> SpriteClassifier:
     torch.set_num_threads(1)
-    return train_classifier(clips=16, epochs=14, batch=8)
+    return train_classifier(clips=16, epochs=16, batch=4)
 
 
 def test_it_is_small():
