@@ -155,8 +155,8 @@ def dry_run(config: TrainConfig, ranks: Ranks, gpus: int) -> None:
     rows = read_rows(config, ranks)
     with ranks.agree():
         if ranks.rank == 0:
-            lines = [*plan_training(config, largest(rows.shapes), gpus).describe(), *rows.describe(config)]
-            log.info("%s", "\n".join(lines))
+            data = rows.describe(config)
+            log.info("%s", "\n".join([*plan_training(config, largest(rows.shapes), gpus).describe(), *data]))
 
 
 def check_named(config: TrainConfig) -> None:

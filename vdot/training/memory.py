@@ -307,7 +307,7 @@ def _cast_on_meta(config: TrainConfig, dit: DitConfig, taps: tuple[int, ...], se
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(_forget_gradient)
     generator, real, fake = (Network(network, role) for role in roles)
-    negative = torch.empty(TEXT_ROWS, dit.text_dim, device=META)
+    negative = torch.empty(min(TEXT_ROWS, dit.text_len), dit.text_dim, device=META)
     return Cast(generator, real, fake, negative, heads, taps), modules
 
 
@@ -480,7 +480,7 @@ def _whole_plan(config: TrainConfig, sizes: _Sizes, split: Split, heads: int) ->
     states = 4 + _moments(config.generator) + average + 4  # the last are gradients, of one network at a time
     states += 4 + _moments(config.critic) if distill else 0
     host = (own - on_device) * states + (frozen if distill and config.parallel.offload and split.frozen > 1 else 0.0)
-    return _Learning(tuple(p for p in parts if p.total), tuple(steps), 4 * on_device, host)
+    return _Learning(tuple(p for p in parts if p.total), tuple(steps), 4 * (on_device + sizes.whole), host)
 
 
 def _adapters_plan(config: TrainConfig, network: VaceDiT, sizes: _Sizes, split: Split, heads: int) -> _Learning:
