@@ -114,12 +114,14 @@ class Judge:
             raise InputError(f"the video is {list(frames.shape)}, its scene {list(expected)}")
         labels = self.palette.label(frames)
         found = np.stack([self._pieces(labels == i + 1, i) for i in range(len(self.scene.things))])
+        strange = labels == OTHER
         for i in range(len(found)):
             if self._share(found[i], i) < ENOUGH:
-                other = self._pieces(labels == OTHER, i)
+                other = self._pieces(strange, i)
                 # Something else of its size is in its stead: the wrong colour, but perhaps the right shape and motion.
                 if self._share(other, i) >= ENOUGH:
                     found[i] = other
+                    strange = strange & ~other
         return found, labels != BACKGROUND
 
     def _pieces(self, mask: np.ndarray, thing: int) -> np.ndarray:
@@ -156,7 +158,7 @@ class Judge:
 
     def weigh(self, frames: np.ndarray, masks: np.ndarray, foreground: np.ndarray) -> Verdict:
         """The verdict on what :meth:`masks` found."""
-        found = tuple(self._measure(frames, masks, i) for i in range(len(masks)))
+        found = tuple(self._measure(frames, masks, foreground, i) for i in range(len(masks)))
         return Verdict(found, self._surplus(masks, foreground))
 
     def _surplus(self, masks: np.ndarray, foreground: np.ndarray) -> int:
@@ -170,15 +172,16 @@ class Judge:
             counts.append(int((areas >= smallest).sum()))
         return int(np.median(counts))
 
-    def _measure(self, frames: np.ndarray, masks: np.ndarray, thing: int) -> Found:
+    def _measure(self, frames: np.ndarray, masks: np.ndarray, foreground: np.ndarray, thing: int) -> Found:
         mask = masks[thing]
         share = self._share(mask, thing)
         if share < ENOUGH:
             return Found(share, False)
         at = np.flatnonzero(mask.any((1, 2)))
-        colour, error = self._colour(frames[at], mask[at], thing)
-        shape, overlap = self._shape(masks, at, thing)
         asked = self.scene.things[thing]
+        person = asked.shape == "person"
+        colour, error = self._colour(frames, _clothed(masks, foreground, thing) if person else mask, thing)
+        shape, overlap = self._shape(masks, at, thing)
         wanted = Judge._asked(asked)
         seen, asked_fit = self._motion(frames[at], mask[at], at, thing)
         sizes = mask[at].sum((1, 2)) / np.maximum(self._alone[thing][at], 1)
@@ -265,6 +268,17 @@ def _centroids(masks: np.ndarray) -> np.ndarray:
     area = masks.sum((1, 2))
     rows, cols = (np.arange(side) + 0.5 for side in masks.shape[1:])
     return np.stack([masks.sum(1) @ cols / area, masks.sum(2) @ rows / area], -1)
+
+
+def _clothed(masks: np.ndarray, foreground: np.ndarray, thing: int) -> np.ndarray:
+    """A person's mask with what is inside its convex hull: a shirt of another colour is no part of the mask itself."""
+    out = np.zeros(foreground.shape, bool)
+    others = np.asarray(np.delete(masks, thing, 0).any(axis=0))
+    for t in np.flatnonzero(masks[thing].any((1, 2))):
+        points = np.argwhere(masks[thing][t])[:, ::-1].astype(np.int32)
+        hull = cv2.fillConvexPoly(np.zeros(out.shape[1:], np.uint8), cv2.convexHull(points), 1) > 0
+        out[t] = masks[thing][t] | (hull & foreground[t] & ~others[t])
+    return out
 
 
 def _overlap(mask: np.ndarray, other: np.ndarray) -> float:
