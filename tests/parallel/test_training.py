@@ -82,7 +82,7 @@ def alone(teacher, tmp_path_factory) -> Iterator:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shard", [True, False], ids=["sharded", "whole"])
+@pytest.mark.parametrize("shard", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["sharded", "whole"])
 def test_gradients_equal_one_process(layout, shard, teacher, alone, pool, tmp_path):
     world, ulysses, ring = LAYOUTS[layout]
     values = {"batch_size": 4}

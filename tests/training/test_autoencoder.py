@@ -65,7 +65,9 @@ def copy_of(model):
     return other
 
 
-@pytest.mark.parametrize("frames", [1, 5, 9, 17])
+@pytest.mark.parametrize(
+    "frames", [1, 9, pytest.param(5, marks=pytest.mark.slow), pytest.param(17, marks=pytest.mark.slow)]
+)
 def test_whole_clips_and_pieces_are_one_function(autoencoder, frames):
     """Both against the library's own loop, to float32 rounding."""
     library, pieces, whole = copy_of(autoencoder), WanVAE(copy_of(autoencoder)), WholeClipVAE(copy_of(autoencoder))
@@ -138,6 +140,7 @@ def test_errors_against_numbers():
     assert motion_error(made[:, :, :1], true[:, :, :1]) == 0
 
 
+@pytest.mark.slow
 def test_training_learns_and_resumes_bit_for_bit(tmp_path):
     straight = small_vae(tmp_path / "straight", "steps=6", "vae.evaluate_every=6", "sample_every=6")
     run(straight)

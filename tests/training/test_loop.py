@@ -70,7 +70,7 @@ VARIANTS = {
 }
 
 
-QUICK = ("distill", "adapters")
+QUICK = ("distill",)
 
 
 @pytest.mark.parametrize("variant", [v if v in QUICK else pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS])
@@ -263,6 +263,7 @@ def test_the_peft_folder_is_read_by_peft(teacher, tmp_path):
         torch.testing.assert_close(adapted(*inputs, context), merged(*inputs, context), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_lora_extracted_from_two_checkpoints_is_their_difference(teacher, tmp_path):
     """A change of rank 2 comes back whole at rank 2, and its better half at rank 1."""
     from safetensors.torch import load_file

@@ -144,6 +144,7 @@ def test_numbers_in_readable_units():
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_deep_network_counted_from_a_shallow_one():
     """Five blocks and two hints at real width: the critic to a millionth, the generator within 3%."""
     dit = replace(PRESETS["1.3B"].dit, num_layers=5, vace_layers=(0, 2))
