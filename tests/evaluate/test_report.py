@@ -8,7 +8,7 @@ import pytest
 from tests.evaluate.conftest import worn
 from vdot.data.sprites import TASKS, draw_task, split_of
 from vdot.errors import InputError
-from vdot.evaluate import METRICS, Measurer, benchmark_prompts, benchmark_tasks, compare, evaluate
+from vdot.evaluate import METRICS, Measurer, benchmark_prompts, benchmark_tasks, compare, evaluate, reference_points
 from vdot.evaluate.benchmark import COUNT
 from vdot.evaluate.report import ALL, Row, Table, tabulate
 
@@ -21,13 +21,19 @@ def tasks() -> list:
 
 
 @pytest.fixture(scope="module")
-def truth(tasks) -> Table:
-    return evaluate([(task, task.video) for task in tasks], resamples=200)
+def points(tasks) -> dict:
+    return reference_points(tasks)
 
 
 @pytest.fixture(scope="module")
-def damaged(tasks) -> Table:
-    return evaluate([(task, worn(task.video, 1.2, 6, i)) for i, task in enumerate(tasks)], resamples=200)
+def truth(tasks, points) -> Table:
+    return evaluate([(task, task.video) for task in tasks], points=points, resamples=200)
+
+
+@pytest.fixture(scope="module")
+def damaged(tasks, points) -> Table:
+    made = [(task, worn(task.video, 1.2, 6, i)) for i, task in enumerate(tasks)]
+    return evaluate(made, points=points, resamples=200)
 
 
 def test_the_truth_gets_the_whole_score(truth):
@@ -51,10 +57,10 @@ def test_damage_costs_and_says_where(truth, damaged):
     assert (same.mean, same.low, same.high) == (0, 0, 0)
 
 
-def test_what_deserves_nothing_gets_nothing(tasks):
+def test_what_deserves_nothing_gets_nothing(tasks, points):
     """A grey still, for every task."""
     made = [(task, np.full_like(task.video, 127)) for task in tasks if task.task == "r2v"]
-    table = evaluate(made, resamples=50)
+    table = evaluate(made, points=points, resamples=50)
     assert table.scores[ALL][0] < 50  # it neither flickers nor drifts
     cells = table.cells[ALL]
     assert cells["things_right"].mean == cells["things_right"].skill == 0
@@ -74,6 +80,16 @@ def test_tables_are_written_and_deterministic(truth, tasks, tmp_path):
     text = truth.markdown()
     assert "| scribble_f1 | 0..1 | higher | not measured |" in text
     assert all(f"| {task} |" in text for task in (*FEW, ALL))
+
+
+def test_reference_points_are_of_the_tasks_and_survive_json(tasks, points):
+    with pytest.raises(InputError, match="reference points"):
+        evaluate([(tasks[0], tasks[0].video)], points={})
+    assert json.loads(json.dumps(points)) == points
+    assert len(points) == len(tasks)
+    alone = reference_points(tasks[:1])
+    (only,) = alone.values()
+    assert only["floor"]["present"] is None and only["floor"]["flicker"] is not None  # there is no other clip
 
 
 def row(task: str, value: float | None, ceiling: float = 1.0, floor: float = 0.0) -> Row:

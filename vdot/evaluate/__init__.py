@@ -7,7 +7,7 @@ functions of uint8 clips ``[T, H, W, 3]`` in ``control``, ``kept``, ``motion``, 
 
 from vdot.evaluate.benchmark import benchmark_prompts, benchmark_tasks
 from vdot.evaluate.measure import METRICS, Measurer, Metric
-from vdot.evaluate.report import Table, compare, evaluate
+from vdot.evaluate.report import Table, compare, evaluate, reference_points
 from vdot.evaluate.truth import Found, Judge, Verdict, judge
 
 __all__ = [
@@ -23,4 +23,5 @@ __all__ = [
     "compare",
     "evaluate",
     "judge",
+    "reference_points",
 ]

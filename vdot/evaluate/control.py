@@ -71,7 +71,7 @@ def depth_edges(frames: np.ndarray, control: np.ndarray, where: np.ndarray | Non
     jumps = np.zeros(depth.shape, bool)
     jumps[:, :, 1:] |= np.abs(np.diff(depth, axis=2)) > 13
     jumps[:, 1:] |= np.abs(np.diff(depth, axis=1)) > 13
-    found = edges(frames, 40, 110)  # faint ones as well: a thing may be little brighter than what is behind it
+    found = edges(frames, 25, 70)  # faint ones as well: a thing may be little brighter than what is behind it
     if where is not None:
         jumps &= where
     if not jumps.any():

@@ -6,6 +6,7 @@ the magnitudes and c = 0. The score of a task is the mean over its groups of the
 a table is the mean over tasks, times 100. A metric whose c and f do not differ clearly in a task is left out there.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -101,25 +102,45 @@ def _cell_text(cell: Cell) -> str:
     return f"{cell.mean:.3g} | {cell.low:.3g} to {cell.high:.3g} | {' | '.join(marks)} | {cell.n}"
 
 
-def measure_clips(
-    clips: Iterable[tuple[TaskClip, np.ndarray]], progress: Callable[[int], None] | None = None
-) -> list[Row]:
-    """Each clip, its truth, and the two that deserve nothing: another clip of its task, and its frames shuffled.
+Points = dict[str, dict[str, Values]]  # by task clip: its "ceiling" and its "floor"; JSON-able, the same for all models
+Progress = Callable[[int], None]
 
-    The other clip is the task's next, and the first for the last; with one clip of a task there is no such floor.
-    ``InputError`` when a video does not have its task's shape.
+
+def key_of(task: TaskClip) -> str:
+    """Of a task clip: its scene, its task and its words, hashed."""
+    text = json.dumps([task.task, task.prompt, task.scene.to_dict()], sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def reference_points(tasks: Iterable[TaskClip], progress: Progress | None = None) -> Points:
+    """What the truth of each task gets, and what deserves nothing: worth keeping, it takes longer than one model.
+
+    The other clip that a floor may need is the task's next, and the first for the last; with one clip of a task there
+    is none, and metrics that need it have no skill.
     """
-    pairs = list(clips)
-    by_task: dict[str, list[int]] = {}
-    for index, (task, _) in enumerate(pairs):
-        by_task.setdefault(task.task, []).append(index)
-    rows = []
-    for index, (task, frames) in enumerate(pairs):
+    known = {key_of(task): task for task in tasks}
+    clips = list(known.items())
+    points: Points = {}
+    for index, (key, task) in enumerate(clips):
+        later = [other for _, other in clips[index + 1 :] + clips[:index]]
+        fits = (o.video for o in later if o.task == task.task and o.video.shape == task.video.shape)
         measurer = Measurer(task)
-        mine = by_task[task.task]
-        others = (pairs[mine[(mine.index(index) + k) % len(mine)]][0] for k in range(1, len(mine)))
-        other = next((o.video for o in others if o.prompt != task.prompt and o.video.shape == task.video.shape), None)
-        rows.append(Row(task.task, task.prompt, measurer(frames), measurer.ceiling(), measurer.floor(other)))
+        points[key] = {"ceiling": measurer.ceiling(), "floor": measurer.floor(next(fits, None))}
+        if progress is not None:
+            progress(index + 1)
+    return points
+
+
+def measure_clips(
+    clips: Iterable[tuple[TaskClip, np.ndarray]], points: Points, progress: Progress | None = None
+) -> list[Row]:
+    """``InputError`` when a video does not have its task's shape, or ``points`` were made of other tasks."""
+    rows = []
+    for index, (task, frames) in enumerate(clips):
+        known = points.get(key_of(task))
+        if known is None:
+            raise InputError(f"the reference points hold no {task.task} clip {task.prompt!r}: make them of these tasks")
+        rows.append(Row(task.task, task.prompt, Measurer(task)(frames), known["ceiling"], known["floor"]))
         if progress is not None:
             progress(index + 1)
     return rows
@@ -128,17 +149,21 @@ def measure_clips(
 def evaluate(
     clips: Iterable[tuple[TaskClip, np.ndarray]],
     *,
+    points: Points | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
     distances: Mapping[str, float] | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Table:
     """Tasks with what was generated for them, uint8 ``[T, H, W, 3]`` -> the table.
 
-    Intervals are bootstrap percentiles over clips, within each task: they hold for other clips of the same kind, and
-    several seeds of one prompt count as so many clips.
+    ``points`` are the :func:`reference_points` of the tasks, made anew when not given. Intervals are bootstrap
+    percentiles over clips, within each task: they hold for other clips of the same kind, and several seeds of one
+    prompt count as so many clips.
     """
-    return tabulate(measure_clips(clips, progress), resamples=resamples, seed=seed, distances=distances)
+    pairs = list(clips)
+    known = reference_points(task for task, _ in pairs) if points is None else points
+    return tabulate(measure_clips(pairs, known, progress), resamples=resamples, seed=seed, distances=distances)
 
 
 def tabulate(
