@@ -1,7 +1,9 @@
 """A small network that names what is in a clip of the procedural world: features for distances, and a second opinion.
 
 It shares nothing with :mod:`vdot.evaluate.truth` but the world, so where the two agree there is something to it. It
-knows which colours, shapes and kinds of motion occur, not which belong together, and only what training scenes show.
+knows which colours and kinds of motion occur, not which belong together. Trained as by default (six minutes of one
+core) it names, in held-out scenes of one thing, 97% of colours, 95% of motions, 86% of backgrounds and 99% of counts,
+but 19% of shapes (chance is 7%): do not ask it about shapes.
 """
 
 import json
