@@ -4,8 +4,9 @@ import argparse
 import difflib
 import secrets
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -102,33 +103,47 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message} (see --help)")
 
 
-def build_parser(prog: str) -> argparse.ArgumentParser:
+@dataclass(frozen=True)
+class Command:
+    """What an entry script understands: the fields of ``schema``, shown by ``groups``."""
+
+    schema: type = GenerateConfig
+    groups: Mapping[str, Mapping[str, str]] = field(default_factory=lambda: GROUPS)
+    description: str = "Make a video from text and any of a source clip, a mask and reference pictures."
+    examples: str = EXAMPLES
+
+
+def build_parser(prog: str, command: Command) -> argparse.ArgumentParser:
     parser = _Parser(
         prog=prog,
-        description="Make a video from text and any of a source clip, a mask and reference pictures.",
-        epilog=EXAMPLES,
+        description=command.description,
+        epilog=command.examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any option below, the other way to write it")
     parser.add_argument("--config", metavar="FILE", help="YAML of options, or the run.json of an earlier run")
-    types = GenerateConfig.__annotations__
-    for title, options in GROUPS.items():
+    types = _types(command.schema)
+    for title, options in command.groups.items():
         group = parser.add_argument_group(title)
         for name, text in options.items():
             group.add_argument(f"--{name}", metavar=_metavar(types[name]), help=text)
-    parser.add_argument(
-        "--no_keep_source", dest="keep_source", action="store_const", const="false", help=argparse.SUPPRESS
-    )
+    if "keep_source" in types:
+        parser.add_argument(
+            "--no_keep_source", dest="keep_source", action="store_const", const="false", help=argparse.SUPPRESS
+        )
     return parser
 
 
-def _name_values(argv: Sequence[str]) -> list[str]:
+def _types(schema: type) -> dict[str, Any]:
+    return {f.name: f.type for f in fields(schema)}
+
+
+def _name_values(argv: Sequence[str], types: Mapping[str, Any]) -> list[str]:
     """``--dry_run`` -> ``--dry_run=true``, but ``--offload_model block`` -> ``--offload_model=block``.
 
     The value of a switch is optional, and argparse would take the key=value after it for one.
     """
-    types = GenerateConfig.__annotations__
     switches = {f"--{name}" for name in types if types[name] is bool or name == "offload_model"}
     named: list[str] = []
     for token in argv:
@@ -148,16 +163,17 @@ def _metavar(annotation: Any) -> str:
     return next((letter for kind, letter in kinds.items() if kind in str(annotation)), "TEXT")
 
 
-def parse(argv: Sequence[str], prog: str) -> GenerateConfig:
+def parse(argv: Sequence[str], prog: str, command: Command | None = None) -> Any:
     """Defaults, then ``--config``, then flags and ``key=value``. ``ConfigError`` for anything not understood."""
-    parser = build_parser(prog)
-    args, unknown = parser.parse_known_intermixed_args(_name_values(argv))
+    command = command or Command()
+    parser = build_parser(prog, command)
+    args, unknown = parser.parse_known_intermixed_args(_name_values(argv, _types(command.schema)))
     if unknown:
         known = [s for a in parser._actions for s in a.option_strings]
         near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
         raise ConfigError(f"unknown option {unknown[0]}; " + (f"did you mean {near[0]}?" if near else "see --help"))
     given = {k: v for k, v in vars(args).items() if v is not None and k not in ("overrides", "config")}
-    return load_config(GenerateConfig, args.config, args.overrides, given)
+    return load_config(command.schema, args.config, args.overrides, given)
 
 
 def find_checkpoint(ckpt_dir: str | None) -> tuple[Path, str]:
@@ -263,6 +279,22 @@ def _run(argv: Sequence[str], prog: str, ranks: Ranks) -> int:
     with ranks.agree():
         config = parse(argv, prog)
         check_options(config)
+    session = open_session(config, ranks)
+    if config.jobs is not None:
+        return session.run_table(config.jobs)
+    with ranks.agree():
+        prepared = session.prepare(config)
+        plan = session.describe(config, prepared)
+        if not config.dry_run:
+            session.check_fit(plan)
+    if not config.dry_run:
+        session.make_one(config, prepared, plan)
+    return 0
+
+
+def open_session(config: GenerateConfig, ranks: Ranks) -> "Session":
+    """Find the checkpoint, pick the device, lay the processes out; nothing is loaded yet."""
+    with ranks.agree():
         path, why = find_checkpoint(config.ckpt_dir)
         log.info("checkpoint %s (%s)", path, why)
         info = inspect_checkpoint(path)
@@ -274,17 +306,7 @@ def _run(argv: Sequence[str], prog: str, ranks: Ranks) -> int:
         log.info("%d processes: %s", ranks.world, ranks.mesh.describe())
     elif config.t5_fsdp or config.dit_fsdp:
         log.info("note  --t5_fsdp and --dit_fsdp have no effect on one process")
-    session = Session(config, path, info, device, ranks)
-    if config.jobs is not None:
-        return session.run_table(config.jobs)
-    with ranks.agree():
-        prepared = session.prepare(config)
-        plan = session.describe(config, prepared)
-        if not config.dry_run:
-            session.check_fit(plan)
-    if not config.dry_run:
-        session.make_one(config, prepared, plan)
-    return 0
+    return Session(config, path, info, device, ranks)
 
 
 def _sizes(config: GenerateConfig, info: CheckpointInfo, world: int) -> tuple[int, int]:
@@ -353,7 +375,7 @@ class Session:
             s.guide_scale,
             s.evaluations,
         )
-        plan = self._plan(prepared.condition, s)
+        plan = self.plan(prepared.condition, s)
         together = self.ranks.mesh.sequence.size
         if together > 1:
             split = {"transformer": config.dit_fsdp, "text": config.t5_fsdp}
@@ -363,7 +385,7 @@ class Session:
             log.info("%s", line)
         return plan
 
-    def _plan(self, condition: Condition, schedule: FewStepSchedule) -> MemoryPlan:
+    def plan(self, condition: Condition, schedule: FewStepSchedule) -> MemoryPlan:
         """Counted once per shape: a table asks for the same one many times."""
         parts = (condition.source is None, condition.mask is None)
         key = (*condition.latent_shape, len(condition.references), *parts, schedule.evaluations, schedule.guided)

@@ -224,13 +224,16 @@ class VdotPipeline:
         schedule: FewStepSchedule | None = None,
         prepared: Prepared | None = None,
         on_step: Progress | None = None,
+        on_stage: Callable[[str], None] | None = None,
     ) -> VideoResult:
         """As :meth:`__call__`, of a :class:`Request`; ``prepared`` if it was prepared before (to show its plan).
+
+        ``on_stage`` is called with the name of each stage as it begins.
 
         With several ranks every one of them calls alike, and the first one's result has the frames.
         """
         schedule = schedule or self.schedule
-        stages = Stages(self.device)
+        stages = Stages(self.device, on_stage)
         if prepared is None:
             with stages("read inputs"):
                 prepared = prepare(request, self.defaults)

@@ -84,14 +84,16 @@ def start_aside(function: Callable[..., T], *args: Any, aside: bool = True) -> C
 
 
 class Stages:
-    """Named stages of a run with their wall-clock seconds, announced as they end."""
+    """Named stages of a run with their wall-clock seconds, announced as they end; ``begins`` hears each as it begins."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, begins: Callable[[str], None] | None = None) -> None:
+        self.device, self.begins = device, begins
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        if self.begins is not None:
+            self.begins(name)
         start = time.perf_counter()
         yield
         if self.device.type == "cuda":

@@ -1,0 +1,124 @@
+"""The child process of one rank, started again whenever any rank's has ended.
+
+Under torchrun every process of the launcher keeps such a child, and only the children meet in collectives. They are
+counted in generations: when one ends, all of its generation do (their watchdogs see to it), and the next one begins.
+"""
+
+import multiprocessing
+import os
+import signal
+import time
+from contextlib import suppress
+from typing import Any
+
+from vdot.page.options import PageConfig
+from vdot.page.worker import work
+from vdot.parallel.launch import Launch
+from vdot.parallel.state import Board
+from vdot.runtime import log
+
+LOOK = 0.2  # seconds between two looks at the others
+WHY = 5.0  # seconds in which the rank that failed first may say why
+RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # torch and the watchdogs keep the notes of generations apart by it
+PER_LAUNCH = 1000  # generations that a launch of torchrun's own may have
+
+
+class Crew:
+    """This rank's child: ``start`` it, talk through ``pipe``, and when it ends learn ``why``."""
+
+    def __init__(self, config: PageConfig, launch: Launch) -> None:
+        self.config, self.launch = config, launch
+        self.generation = 0
+        self.board = Board("vdot-page-crew") if launch.world > 1 else None
+        self.launched = int(os.environ.get(RESTARTS, "0"))
+        self.process: Any = None
+        self.pipe: Any = None
+
+    def start(self) -> None:
+        self.pipe, there = multiprocessing.get_context("spawn").Pipe()
+        if self.board is not None:
+            os.environ[RESTARTS] = str(self.launched * PER_LAUNCH + self.generation)
+        self.process = multiprocessing.get_context("spawn").Process(
+            target=work, args=(there, self.config), name=f"vdot-rank-{self.launch.rank}", daemon=True
+        )
+        self.process.start()
+        there.close()  # so that the pipe ends with the child
+
+    def outdated(self) -> bool:
+        """Whether another rank has gone on to a later generation."""
+        return self.board is not None and self.board.read(f"begun/{self.generation + 1}") is not None
+
+    def end(self, said: str | None = None) -> str:
+        """Make sure that this generation is over, here and elsewhere; why it is."""
+        if self.board is not None:
+            self.board.write(f"begun/{self.generation + 1}", "1")
+        with suppress(OSError):
+            self.pipe.close()
+        self.process.join(WHY)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+        code = self.process.exitcode or 0
+        own = said or (self._killed(-code) if code < 0 else None)
+        why = self._agree_why(own) or f"the process that generates ended with code {code}"
+        self.generation += 1
+        return why
+
+    def _killed(self, number: int) -> str | None:
+        if number == signal.SIGTERM:  # by us or by the launcher
+            return None
+        reason = ", perhaps for want of host memory" if number == signal.SIGKILL else ""
+        return f"the process that generates (rank {self.launch.rank}) was killed by signal {number}{reason}"
+
+    def _agree_why(self, own: str | None) -> str | None:
+        """The first reason that a rank gave."""
+        if self.board is None:
+            return own
+        key = f"why/{self.generation}"
+        if own is not None and self.board.count(f"reasons/{self.generation}") == 1:
+            self.board.write(key, own)
+        until = time.monotonic() + WHY
+        while (why := self.board.read(key)) is None and time.monotonic() < until and self.launch.rank == 0:
+            time.sleep(LOOK)
+        return why
+
+    def finish(self) -> None:
+        """The page is over: the other ranks need not begin again."""
+        if self.board is not None and self.launch.rank == 0:
+            self.board.write("finished", "1")
+        if self.process is not None:
+            with suppress(OSError):
+                self.pipe.close()
+            self.process.join(WHY)
+            self.process.kill()
+
+    @property
+    def finished(self) -> bool:
+        return self.board is not None and self.board.read("finished") is not None
+
+
+def attend(config: PageConfig, launch: Launch) -> int:
+    """The whole life of a rank that does not serve: keep a child until the page ends."""
+    crew = Crew(config, launch)
+    while not crew.finished:
+        crew.start()
+        said: str | None = None
+        while crew.process.is_alive() and not crew.outdated() and not crew.finished:
+            said = _hear(crew.pipe) or said
+        said = _hear(crew.pipe) or said
+        if crew.finished:
+            break
+        log.error("rank %d: %s", launch.rank, crew.end(said))
+    crew.finish()
+    return 0
+
+
+def _hear(pipe: Any) -> str | None:
+    """The message of a child that has failed."""
+    try:
+        if pipe.poll(LOOK):
+            event = pipe.recv()
+            return str(event[1]) if event[0] == "fatal" else None
+    except (EOFError, OSError):
+        time.sleep(LOOK)
+    return None
