@@ -295,18 +295,14 @@ def _run(argv: Sequence[str], prog: str, ranks: Ranks) -> int:
 def open_session(config: GenerateConfig, ranks: Ranks) -> "Session":
     """Find the checkpoint, pick the device, lay the processes out; nothing is loaded yet."""
     with ranks.agree():
-        path, why = find_checkpoint(config.ckpt_dir)
-        log.info("checkpoint %s (%s)", path, why)
-        info = inspect_checkpoint(path)
-        check_model_name(config.model_name, info)
-        device = own_device(pick_device(config.device), Launch.from_environment())
-        sizes = _sizes(config, info, ranks.world)
-    arrange(ranks, device, *sizes)
+        session = Session.find(config, ranks)
+        sizes = _sizes(config, session.info, ranks.world)
+    arrange(ranks, session.device, *sizes)
     if ranks.world > 1:
         log.info("%d processes: %s", ranks.world, ranks.mesh.describe())
     elif config.t5_fsdp or config.dit_fsdp:
         log.info("note  --t5_fsdp and --dit_fsdp have no effect on one process")
-    return Session(config, path, info, device, ranks)
+    return session
 
 
 def _sizes(config: GenerateConfig, info: CheckpointInfo, world: int) -> tuple[int, int]:
@@ -333,6 +329,16 @@ class Session:
         self.fingerprint = fingerprint(self.files)
         self._pipeline: VdotPipeline | None = None
         self._plans: dict[tuple, MemoryPlan] = {}
+
+    @classmethod
+    def find(cls, config: GenerateConfig, ranks: Ranks) -> "Session":
+        """The checkpoint and the device that ``config`` asks for."""
+        path, why = find_checkpoint(config.ckpt_dir)
+        log.info("checkpoint %s (%s)", path, why)
+        info = inspect_checkpoint(path)
+        check_model_name(config.model_name, info)
+        device = own_device(pick_device(config.device), Launch.from_environment())
+        return cls(config, path, info, device, ranks)
 
     @property
     def pipeline(self) -> VdotPipeline:
@@ -375,25 +381,26 @@ class Session:
             s.guide_scale,
             s.evaluations,
         )
-        plan = self.plan(prepared.condition, s)
         together = self.ranks.mesh.sequence.size
+        plan = self.plan(prepared.condition, s, together)
         if together > 1:
-            split = {"transformer": config.dit_fsdp, "text": config.t5_fsdp}
-            plan = plan.shared(together, [network for network, on in split.items() if on])
             log.info("on each of %d processes:", together)
         for line in plan.describe(offload_mode(config.offload_model), self.device.type == "cpu"):
             log.info("%s", line)
         return plan
 
-    def plan(self, condition: Condition, schedule: FewStepSchedule) -> MemoryPlan:
-        """Counted once per shape: a table asks for the same one many times."""
+    def plan(self, condition: Condition, schedule: FewStepSchedule, together: int = 1) -> MemoryPlan:
+        """What each of ``together`` processes takes. Counted once per shape: a table asks for one many times."""
         parts = (condition.source is None, condition.mask is None)
         key = (*condition.latent_shape, len(condition.references), *parts, schedule.evaluations, schedule.guided)
         if key not in self._plans:
             dtypes = (self.dtype, self.dtype, self.vae_dtype)
             configs, kind = network_configs(self.path), self.device.type
             self._plans[key] = plan_generation(*configs, condition, schedule, dtypes, kind)
-        return self._plans[key]
+        if together == 1:
+            return self._plans[key]
+        split = {"transformer": self.config.dit_fsdp, "text": self.config.t5_fsdp}
+        return self._plans[key].shared(together, [network for network, on in split.items() if on])
 
     def check_fit(self, plan: MemoryPlan) -> None:
         """``InputError`` for what this machine can never hold, rather than a killed process or a late failure."""

@@ -84,7 +84,7 @@ def start_aside(function: Callable[..., T], *args: Any, aside: bool = True) -> C
 
 
 class Stages:
-    """Named stages of a run with their wall-clock seconds, announced as they end; ``begins`` hears each as it begins."""
+    """Named stages of a run and their wall-clock seconds, said as they end; ``begins`` hears each as it begins."""
 
     def __init__(self, device: torch.device, begins: Callable[[str], None] | None = None) -> None:
         self.device, self.begins = device, begins

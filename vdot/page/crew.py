@@ -14,13 +14,11 @@ from typing import Any
 from vdot.page.options import PageConfig
 from vdot.page.worker import work
 from vdot.parallel.launch import Launch
-from vdot.parallel.state import Board
+from vdot.parallel.state import GENERATION, Board
 from vdot.runtime import log
 
 LOOK = 0.2  # seconds between two looks at the others
 WHY = 5.0  # seconds in which the rank that failed first may say why
-RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # torch and the watchdogs keep the notes of generations apart by it
-PER_LAUNCH = 1000  # generations that a launch of torchrun's own may have
 
 
 class Crew:
@@ -30,14 +28,13 @@ class Crew:
         self.config, self.launch = config, launch
         self.generation = 0
         self.board = Board("vdot-page-crew") if launch.world > 1 else None
-        self.launched = int(os.environ.get(RESTARTS, "0"))
         self.process: Any = None
         self.pipe: Any = None
 
     def start(self) -> None:
         self.pipe, there = multiprocessing.get_context("spawn").Pipe()
         if self.board is not None:
-            os.environ[RESTARTS] = str(self.launched * PER_LAUNCH + self.generation)
+            os.environ[GENERATION] = str(self.generation)
         self.process = multiprocessing.get_context("spawn").Process(
             target=work, args=(there, self.config), name=f"vdot-rank-{self.launch.rank}", daemon=True
         )

@@ -1,4 +1,4 @@
-"""The queue of a page and the one who serves it: orders in the order of their coming, and a worker that is restarted."""
+"""The queue of a page and the one who serves it: first come, first served, by a worker that is restarted."""
 
 import threading
 import time

@@ -1,4 +1,4 @@
-"""A filled-in form as the model gets it: files read at the model's size, annotated, checked, and shown before it runs."""
+"""A filled-in form as the model gets it: files read at the model's size, annotated, checked, and shown first."""
 
 import math
 import re
@@ -79,7 +79,9 @@ class Form:
     @classmethod
     def of(cls, settings: dict[str, Any]) -> "Form":
         names = {f.name for f in fields(cls)}
-        values = {key: tuple(v) if isinstance(v, list) else v for key, v in settings.items() if key in names}
+        values: dict[str, Any] = {
+            key: tuple(v) if isinstance(v, list) else v for key, v in settings.items() if key in names
+        }
         return cls(**values)
 
 
@@ -127,7 +129,7 @@ class Clip:
     sound: str | None = None
 
 
-def understand(form: Form, model: Model, folder: Path) -> Understood:
+def understand(form: Form, model: Model, folder: Path, world: int = 1) -> Understood:
     """``InputError`` or ``MissingDependencyError``: one sentence on what is missing or does not fit."""
     preset = _preset(form)
     defaults = checkpoint_defaults(model.info)
@@ -155,7 +157,7 @@ def understand(form: Form, model: Model, folder: Path) -> Understood:
     prepared = prepare(request, defaults)
     plan = clip.plan if preset.key != "extend" and source is not None else None
     prepared = replace(prepared, plan=_same_size(plan, prepared), notes=(*prepared.notes, *made.notes))
-    memory = model.plan(prepared.condition, schedule)
+    memory = model.plan(prepared.condition, schedule, world)
     mode, on_cpu = offload_mode(model.config.offload_model), model.device.type == "cpu"
     available = total_memory(model.device)
     memory.check_fit(mode, available, on_cpu)
@@ -200,7 +202,8 @@ def _read_clip(form: Form, preset: Preset, defaults: Defaults) -> Clip:
         info = probe(form.clip)
         if preset.key == "extend":  # all of the clip, at its own rate
             return _whole_clip(form, info, area, defaults)
-        mask = probe(form.mask, allow_image=True) if _mask_file(form, preset) else None
+        by_file = "region" in preset.shows and form.region == "file"
+        mask = probe(form.mask, allow_image=True) if by_file and form.mask is not None else None
         plan = plan_frames(
             info,
             max_area=int(area),
@@ -249,10 +252,6 @@ def _whole_clip(form: Form, info: Any, area: float, defaults: Defaults) -> Clip:
     return Clip(frames, None, height, width, count, form.fps or info.fps or defaults.fps)
 
 
-def _mask_file(form: Form, preset: Preset) -> bool:
-    return "region" in preset.shows and form.region == "file" and form.mask is not None
-
-
 # --- annotating ------------------------------------------------------------------------------------------------------
 
 Made = tuple[Annotated, np.ndarray | None, np.ndarray | None]
@@ -263,24 +262,32 @@ def _make(form: Form, preset: Preset, clip: Clip) -> Made:
     pictures = [read_image(path) for path in form.pictures] if "pictures" in preset.shows else []
     if preset.key == "extend":
         return _extend(form, clip)
-    if preset.key in ("i2v", "move", "expand"):
-        return _from_pictures(form, preset, clip, pictures), None, None
-    if preset.task == "":
-        return Annotated("t2v", fps=clip.fps), None, None
     if preset.group == "control" or preset.key == "animate":
         return _control(form, preset, clip, pictures), None, None
-    if preset.key == "r2v":
-        return _references(form, pictures), None, None
+    if preset.key in ("t2v", "r2v", "i2v", "move", "expand"):
+        return _from_pictures(form, preset, clip, pictures), None, None
+    return _from_clip(form, preset, clip, pictures), None, None
+
+
+def _from_clip(form: Form, preset: Preset, clip: Clip, pictures: list[np.ndarray]) -> Annotated:
+    """A clip of which a part is made anew, or which grows."""
     material = Material(video=clip.frames, fps=clip.fps)
+    if form.ready and "region" in preset.shows:
+        return _prepared(form, clip, material, pictures)
     if "sides" in preset.shows:
         material = replace(material, direction=form.sides, expand_ratio=form.ratio)
     if "region" in preset.shows:
         material = _with_region(form, clip, material, preset)
     if preset.key == "inpaint":
-        return _with_references(annotate(preset.task, material), form, pictures), None, None
-    if pictures:
-        material = replace(material, images=pictures)
-    return annotate(preset.task, material), None, None
+        return _with_references(annotate(preset.task, material), form, pictures)
+    return annotate(preset.task, replace(material, images=pictures) if pictures else material)
+
+
+def _prepared(form: Form, clip: Clip, material: Material, pictures: list[np.ndarray]) -> Annotated:
+    """The clip as it is, with what is hidden or shown in the region that changes."""
+    white = annotate("inpainting", _with_region(form, clip, material, PRESETS["inpaint"]))
+    plain = annotate("plain", Material(video=clip.frames, fps=clip.fps))
+    return _with_references(replace(plain, src_mask=white.src_mask, backends=white.backends), form, pictures)
 
 
 def _references(form: Form, pictures: Sequence[np.ndarray]) -> Annotated:
@@ -308,6 +315,10 @@ def _control(form: Form, preset: Preset, clip: Clip, pictures: Sequence[np.ndarr
 
 
 def _from_pictures(form: Form, preset: Preset, clip: Clip, pictures: list[np.ndarray]) -> Annotated:
+    if preset.key == "t2v":
+        return Annotated("t2v", fps=clip.fps)
+    if preset.key == "r2v":
+        return _references(form, pictures)
     first = fit_frames(pictures[0][None], clip.height, clip.width)[0]
     unknown = clip.count - 1
     if unknown < 1:

@@ -3,50 +3,40 @@
 from dataclasses import dataclass
 
 # Inputs a preset may show. ``clip``, ``pictures``, ``region`` (painted, boxed or as a file), ``boxes`` (where a thing
-# goes), ``sides`` (where the picture grows), ``end`` (where the clip grows), ``ready`` (the clip is a control already).
+# goes), ``sides`` (where the picture grows), ``end`` (where the clip grows), ``ready`` (the clip goes in as it is).
 INPUTS = ("clip", "pictures", "region", "boxes", "sides", "end", "ready")
 
 
 @dataclass(frozen=True)
 class Preset:
-    """``shows`` these inputs, ``needs`` some of them; ``task`` of ``vdot.annotate``; ``example`` of assets/examples."""
+    """``shows`` these inputs and ``needs`` some of them; ``task`` of ``vdot.annotate`` makes the model's input."""
 
     key: str
     group: str
     task: str
     shows: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
-    example: str = ""
-    ready: str = ""  # the control that an example's clip already is
 
 
-_CONTROL = {"shows": ("clip", "ready", "pictures"), "needs": ("clip",)}
+CONTROLS = ("depth", "pose", "flow", "scribble", "gray")
+_REPLACE = ("clip", "region", "pictures")
 
 PRESETS: dict[str, Preset] = {
     preset.key: preset
     for preset in (
-        Preset("t2v", "words", "", example="t2v"),
-        Preset("r2v", "words", "reference_anything", ("pictures",), ("pictures",), "r2v"),
-        Preset("i2v", "words", "frameref", ("pictures",), ("pictures",), "firstframe"),
-        Preset("depth", "control", "depth", **_CONTROL, example="depth", ready="depth"),
-        Preset("pose", "control", "pose", **_CONTROL, example="pose", ready="pose"),
-        Preset("flow", "control", "flow", **_CONTROL, example="flow", ready="flow"),
-        Preset("scribble", "control", "scribble", **_CONTROL, example="scribble", ready="scribble"),
-        Preset("gray", "control", "gray", **_CONTROL, example="gray", ready="gray"),
-        Preset("layout", "control", "layout_bbox", ("clip", "boxes", "ready"), (), "layout", "layout"),
-        Preset("inpaint", "edit", "inpainting", ("clip", "region", "pictures"), ("clip", "region"), "inpainting"),
-        Preset("outpaint", "edit", "outpainting", ("clip", "sides"), ("clip",), "outpainting"),
-        Preset("extend", "edit", "clipref", ("clip", "end"), ("clip",), "firstclip"),
-        Preset("swap", "composite", "swap_anything", ("clip", "region", "pictures"), ("clip", "region", "pictures"),
-               "swap_anything"),
-        Preset("animate", "composite", "animate_anything", ("clip", "ready", "pictures"), ("clip", "pictures"),
-               "animate_anything", "pose"),
-        Preset("move", "composite", "move_anything", ("pictures", "boxes"), ("pictures", "boxes"), "move_anything"),
-        Preset("expand", "composite", "expand_anything", ("pictures", "sides"), ("pictures",), "expand_anything"),
-        Preset("character", "composite", "character_replacement", ("clip", "region", "pictures"),
-               ("clip", "region", "pictures"), "swap_anything"),
-        Preset("tryon", "composite", "try_on", ("clip", "region", "pictures"), ("clip", "region", "pictures"),
-               "swap_anything"),
+        Preset("t2v", "words", ""),
+        Preset("r2v", "words", "reference_anything", ("pictures",), ("pictures",)),
+        Preset("i2v", "words", "frameref", ("pictures",), ("pictures",)),
+        *(Preset(name, "control", name, ("clip", "ready", "pictures"), ("clip",)) for name in CONTROLS),
+        Preset("layout", "control", "layout_bbox", ("clip", "boxes", "ready")),
+        Preset("inpaint", "edit", "inpainting", ("clip", "region", "ready", "pictures"), ("clip", "region")),
+        Preset("outpaint", "edit", "outpainting", ("clip", "sides"), ("clip",)),
+        Preset("extend", "edit", "clipref", ("clip", "end"), ("clip",)),
+        Preset("swap", "composite", "swap_anything", (*_REPLACE, "ready"), _REPLACE),
+        Preset("animate", "composite", "animate_anything", ("clip", "ready", "pictures"), ("clip", "pictures")),
+        Preset("move", "composite", "move_anything", ("pictures", "boxes"), ("pictures", "boxes")),
+        Preset("expand", "composite", "expand_anything", ("pictures", "sides"), ("pictures",)),
+        Preset("character", "composite", "character_replacement", (*_REPLACE, "ready"), _REPLACE),
+        Preset("tryon", "composite", "try_on", (*_REPLACE, "ready"), _REPLACE),
     )
-}  # fmt: skip
-CONTROLS = tuple(key for key, preset in PRESETS.items() if preset.group == "control" and key != "layout")
+}

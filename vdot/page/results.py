@@ -57,6 +57,8 @@ class Session:
     ticket: Ticket | None = None
     touched: float = field(default_factory=time.time)
     kept: threading.Event = field(default_factory=threading.Event)  # the ticket's result is in ``results``
+    taken: dict[str, str] = field(default_factory=dict)  # uploads by kind and path, as files of ``uploads``
+    names: dict[str, str] = field(default_factory=dict)  # those files, as the user calls them
 
     @property
     def busy(self) -> bool:
@@ -114,7 +116,7 @@ def finish(folder: Path, ticket: Ticket) -> Result:
 
 
 def write_side_by_side(left: Path, right: Path, path: Path) -> None:
-    """Both clips beside each other, the left one scaled to the right one's size; the last frame of a shorter is held."""
+    """Both clips beside each other, the left one at the right one's size; the last frame of a shorter one is held."""
     clips = [read_frames(clip, range(probe(clip).frames)) for clip in (left, right)]
     height, width = clips[1].shape[1:3]
     clips[0] = fit_frames(clips[0], height, width)

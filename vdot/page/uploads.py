@@ -32,9 +32,7 @@ class Uploads:
 
     @classmethod
     def of(cls, config: PageConfig, root: Path) -> "Uploads":
-        return cls(
-            root, config.max_upload_mb * 2**20, config.max_seconds, config.max_side, config.max_references
-        )
+        return cls(root, config.max_upload_mb * 2**20, config.max_seconds, config.max_side, config.max_references)
 
     def take(self, path: str | os.PathLike, kind: str, folder: Path) -> Path:
         """Check an upload and copy it to ``folder`` as ``clip_<n>.mp4`` and the like.
@@ -88,7 +86,9 @@ class Uploads:
 
     def _check_side(self, name: str, width: int, height: int) -> None:
         if max(width, height) > self.side:
-            raise InputError(f"{name} is {width}x{height}, at most {self.side} pixels on a side are taken: scale it down")
+            raise InputError(
+                f"{name} is {width}x{height}, at most {self.side} pixels on a side are taken: scale it down"
+            )
 
 
 def display_name(path: str | os.PathLike) -> str:

@@ -1,4 +1,4 @@
-"""The process that generates: one model, one order after the other, alone or with the other ranks that torchrun started.
+"""The process that generates: one model, one order after the other, alone or with the ranks that torchrun started.
 
 It is a child of the process that serves the page, so that whatever ends it (host memory, a GPU's fault, a lost rank)
 leaves the page standing. Between orders ranks wait on the launcher's store and not in a collective, which would time
@@ -144,7 +144,7 @@ class Worker:
         pipeline = self.session.pipeline
         with self.ranks.agree():
             prepared = replace(prepare(order.request, pipeline.defaults), plan=order.plan)
-            plan = self.session.plan(prepared.condition, order.schedule)
+            plan = self.session.plan(prepared.condition, order.schedule, self.ranks.mesh.sequence.size)
             self.session.check_fit(plan)
         report = partial(self._step, number, prepared)
         try:
@@ -176,7 +176,9 @@ class Worker:
             negative_prompt=request.negative_prompt,
             src_video=None if request.src_video is None else str(folder / "src_video.mp4"),
             src_mask=None if request.src_mask is None else str(folder / "src_mask.mp4"),
-            src_ref_images=",".join(str(folder / f"src_ref_image_{i}.png") for i in range(len(result.prepared.references)))
+            src_ref_images=",".join(
+                str(folder / f"src_ref_image_{i}.png") for i in range(len(result.prepared.references))
+            )
             or None,
             size=f"{width}*{height}",
             frame_num=result.prepared.frame_num,

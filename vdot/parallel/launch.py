@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from vdot.errors import ConfigError
 from vdot.parallel.mesh import Mesh, make_mesh
-from vdot.parallel.state import Ranks, Watchdog
+from vdot.parallel.state import GENERATION, Board, Ranks, Watchdog
 
 # The watchdog finds lost ranks within seconds; this bounds what it cannot see, ranks that wait for each other.
 TIMEOUT = timedelta(minutes=30)
@@ -66,7 +66,10 @@ def connected() -> Iterator[Ranks]:
     gpu = torch.cuda.is_available() and launch.local_world <= torch.cuda.device_count()
     if gpu:
         torch.cuda.set_device(launch.local_rank)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=TIMEOUT)
+    again: dict[str, Any] = {}
+    if GENERATION in os.environ:  # torch's own keys in the launcher's store are taken by an earlier group
+        again = {"store": Board("torch").store, "rank": launch.rank, "world_size": launch.world}
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=TIMEOUT, **again)
     watchdog = Watchdog(launch.rank, launch.world)
     watchdog.start()
     everyone = dist.new_group(backend="gloo", timeout=TIMEOUT)

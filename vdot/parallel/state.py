@@ -27,6 +27,7 @@ from vdot.parallel.mesh import Mesh
 T = TypeVar("T")
 BEAT = 0.2  # seconds between two looks of the watchdog
 PATIENCE = 30.0  # seconds without a beat after which a rank counts as lost; VDOT_RANK_PATIENCE overrides it
+GENERATION = "VDOT_GENERATION"  # counts groups of workers that one launch has had in turn, see vdot.page.crew
 SETTLE = 2.0  # seconds in which a broken connection may turn out to be another rank's death
 
 
@@ -105,7 +106,8 @@ class Board:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
         # A restarted group of workers must not read the notes of the last one.
-        self.store = dist.PrefixStore(f"{name}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        restarts = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}.{os.environ.get(GENERATION, '0')}"
+        self.store = dist.PrefixStore(f"{name}/{restarts}", store)
 
     def write(self, key: str, value: str) -> None:
         self.store.set(key, value)
