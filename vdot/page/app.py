@@ -154,13 +154,16 @@ class Page:
         return session.token, language, gallery_items(session), state
 
     async def rejoin(self, token: str, language: str) -> AsyncIterator[dict[Any, Any]]:
-        """After a reload: follow what is still being made."""
+        """After a reload: follow what is still being made, or wait until something can be."""
         session = self.sessions.open(token)
         if session.busy and session.ticket is not None:
             async for update in self._follow(session, session.ticket, language):
                 yield update
-        else:
-            yield {self.words["cancel"]: _update(interactive=False)}
+            return
+        while not self.engine.ready.is_set() and self.engine.broken is None and not session.busy:
+            await asyncio.sleep(LOOK)
+        if self.engine.ready.is_set() and not session.busy:
+            yield {self.words["status"]: show.note(text(language, "ready"))}
 
     def speak(self, language: str, preset: str) -> dict[Any, Any]:
         return {
@@ -179,17 +182,18 @@ class Page:
 
     # -- filling in ----------------------------------------------------------------------------------------------
 
-    def new_clip(self, token: str, language: str, clip: str | None, boxes: str) -> tuple[Any, Any, Any]:
+    def new_clip(self, token: str, language: str, clip: str | None, boxes: str) -> dict[Any, Any]:
         """The first frame to paint on, or why the clip cannot be taken."""
-        empty: dict[str, Any] = {"background": None, "layers": [], "composite": None}
+        w, canvas = self.words, {"background": None, "layers": [], "composite": None}
         if clip is None:
-            return empty, None, ""
+            return {w["canvas"]: canvas, w["box_picture"]: None}
         session = self.sessions.open(token)
         try:
             frame = first_frame(self._take(session, clip, "clip"))
         except VdotError as error:
-            return empty, None, show.failure(language, clean(error, session))
-        return {"background": frame, "layers": [], "composite": None}, with_boxes(frame, boxes), ""
+            words = show.failure(language, clean(error, session))
+            return {w["canvas"]: canvas, w["box_picture"]: None, w["status"]: words}
+        return {w["canvas"]: {**canvas, "background": frame}, w["box_picture"]: with_boxes(frame, boxes)}
 
     def draw_boxes(self, token: str, language: str, clip: str | None, pictures: Any, boxes: str) -> Any:
         session = self.sessions.open(token)
