@@ -53,7 +53,7 @@ class Page:
             words.components["corner"] = gr.State(None)
             with gr.Row():
                 words.add("head", gr.HTML, {}, value=show.head("en", self._about()), min_width=300)
-                with gr.Column(min_width=160, scale=0):
+                with gr.Column(min_width=200, scale=0, elem_classes="vdot-corner"):
                     words.add("language", gr.Radio, {"label": "language"}, choices=language_choices(), value="en")
                     words.add("dark", gr.Button, {"value": "dark"}, size="sm")
             with gr.Row():
@@ -535,9 +535,9 @@ def gallery_items(session: Session) -> list[tuple[str, str]]:
 def result_updates(result: Result) -> tuple[Any, ...]:
     """Of result, side, download, reuse, extend_this, settings, tabs."""
     side, video = result.side_by_side, str(result.video)
-    settings = {
-        key: value for key, value in result.settings.items() if key not in ("clip", "mask", "painted", "pictures")
-    }
+    usual = Form().settings()
+    told = {key: value for key, value in result.settings.items() if key == "seed" or value != usual[key]}
+    settings = {key: value for key, value in told.items() if key not in ("clip", "mask", "painted", "pictures")}
     return (
         video,
         _update(value=None if side is None else str(side), visible=side is not None),

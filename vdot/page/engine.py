@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vdot.errors import InputError, VdotError
@@ -165,7 +165,7 @@ class Engine:
             ticket = self.running = self.waiting.popleft()
             ticket.status, ticket.started = "running", time.monotonic()
             ticket.steps = ticket.order.schedule.steps
-        self.crew.pipe.send(("order", ticket.number, ticket.order))
+        self.crew.pipe.send(("order", ticket.number, replace(ticket.order, original=None)))
 
     def _hear(self, kind: str, number: int, *rest: Any) -> None:
         ticket = self.running

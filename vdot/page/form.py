@@ -151,7 +151,8 @@ def build_outputs(words: Words) -> None:
                 add("download", gr.DownloadButton, {"label": "download"}, interactive=False, min_width=100)
                 add("reuse", gr.Button, {"value": "reuse"}, interactive=False, min_width=100)
                 add("extend_this", gr.Button, {"value": "extend_this"}, interactive=False, min_width=100)
-            add("settings", gr.JSON, {"label": "settings"}, visible=False, open=False)
+            with add("settings_fold", gr.Accordion, {"label": "settings"}, open=False):
+                add("settings", gr.JSON, {}, show_label=False)
         with add("tab_look", gr.Tab, {"label": "tab_look"}, id="look"):
             add("plan", gr.HTML, {}, value="")
             add("source", gr.Video, {"label": "source"}, interactive=False, loop=True, visible=False, height=240)

@@ -161,7 +161,8 @@ def understand(form: Form, model: Model, folder: Path, world: int = 1) -> Unders
     mode, on_cpu = offload_mode(model.config.offload_model), model.device.type == "cpu"
     available = total_memory(model.device)
     memory.check_fit(mode, available, on_cpu)
-    order = Order(request, schedule, str(folder), form.settings(), plan, clip.sound, before, after)
+    compared = clip.frames if preset.key not in ("outpaint", "extend") else None
+    order = Order(request, schedule, str(folder), form.settings(), compared, plan, clip.sound, before, after)
     lines = (*prepared.lines(), *_schedule_lines(schedule), *_backend_lines(made.backends))
     peak = memory.peak("false" if on_cpu else mode)
     return Understood(order, prepared, lines, memory.flops, peak, available, dict(made.backends))

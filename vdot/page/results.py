@@ -107,17 +107,20 @@ def finish(folder: Path, ticket: Ticket) -> Result:
     count = probe(result.video).frames
     write_image(result.thumbnail, read_frames(result.video, [count // 2])[0])
     source = folder / "src_video.mp4"
-    if source.is_file():
-        write_side_by_side(source, result.video, folder / "side_by_side.mp4")
+    left = ticket.order.original
+    if left is None and source.is_file() and ticket.order.before is None and ticket.order.after is None:
+        left = read_frames(source, range(probe(source).frames))
+    if left is not None:
+        write_side_by_side(left, result.video, folder / "side_by_side.mp4")
     with atomic_path(folder / SETTINGS) as temporary:
         text = json.dumps({"settings": result.settings, "facts": facts}, indent=2, ensure_ascii=False)
         Path(temporary).write_text(text + "\n", encoding="utf-8")
     return result
 
 
-def write_side_by_side(left: Path, right: Path, path: Path) -> None:
-    """Both clips beside each other, the left one at the right one's size; the last frame of a shorter one is held."""
-    clips = [read_frames(clip, range(probe(clip).frames)) for clip in (left, right)]
+def write_side_by_side(left: np.ndarray, right: Path, path: Path) -> None:
+    """``left [T, H, W, 3]`` beside the clip ``right``, at its size; the last frame of the shorter one is held."""
+    clips = [left, read_frames(right, range(probe(right).frames))]
     height, width = clips[1].shape[1:3]
     clips[0] = fit_frames(clips[0], height, width)
     count = max(map(len, clips))

@@ -16,6 +16,9 @@ CSS = """
 .vdot-emerging img { width: 100%; max-width: 480px; image-rendering: auto; border-radius: 6px; }
 #vdot-preset .wrap { gap: 6px; }
 #vdot-preset label { padding: 4px 10px; }
+.vdot-corner fieldset { padding: 4px 8px !important; }
+.vdot-corner .wrap { flex-wrap: nowrap; }
+.vdot-corner label { padding: 2px 8px !important; }
 .vdot-head h1 { margin: 0; font-size: 1.5em; }
 :focus-visible { outline: 3px solid var(--color-accent); outline-offset: 2px; }
 @media (max-width: 640px) {

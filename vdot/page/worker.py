@@ -47,6 +47,7 @@ class Order:
     schedule: FewStepSchedule
     folder: str  # where the results go
     settings: dict[str, Any]  # of the page, for the record
+    original: np.ndarray | None = None  # uint8 [T, H, W, 3]: the clip before anything was made of it, to compare
     plan: FramePlan | None = None  # of the uploaded clip, if the frames are its own
     sound: str | None = None  # the file whose sound goes with the result
     before: np.ndarray | None = None  # uint8 [T, H, W, 3] that the result continues, and so on the other side
