@@ -62,6 +62,7 @@ class Page:
                     words.add("limits", gr.Markdown, {}, value=self._limits("en"))
                 with gr.Column(min_width=320):
                     build_outputs(words)
+            self._offer_api()  # first: names are given in the order of coming
             self._wire(blocks)
         blocks.queue(default_concurrency_limit=4, max_size=None)
         return blocks
@@ -118,7 +119,6 @@ class Page:
         w["gallery"].select(choose, w["token"], picked, **quick)
         w["reuse"].click(self.reuse, [*who, w["chosen"]], filled, **quick)
         w["extend_this"].click(self.extend, [*who, w["chosen"]], filled, **quick)
-        self._offer_api()
 
     def _offer_api(self) -> None:
         """What programs call: /generate and /presets, see the README."""
@@ -127,8 +127,8 @@ class Page:
         w = self.words.components
         names = ("preset", "prompt", "clip", "mask", "pictures", "boxes", "ready", "size", "frame_num", "steps", "seed")
         hidden = gr.Button(visible=False)
-        facts = gr.JSON(visible=False)
-        video = gr.Video(visible=False, interactive=False)
+        facts = gr.JSON(label="facts", visible=False)
+        video = gr.Video(label="video", visible=False, interactive=False)
         hidden.click(
             self.api_generate, [w[name] for name in names], [video, facts], api_name="generate", concurrency_limit=None
         )
@@ -400,6 +400,7 @@ class Page:
             region=v["region"],
             painted=painted(v["canvas"], session) if visible["canvas"] else None,
             mask=take(v["mask"], "mask") if visible["mask"] and v["mask"] else None,
+            shape=v["shape"],
             track=bool(v["track"]),
             boxes=(v["boxes"] or "") if visible["boxes"] else "",
             sides=tuple(v["sides"] or ()),
@@ -423,15 +424,16 @@ class Page:
     # -- for programs --------------------------------------------------------------------------------------------
 
     async def api_generate(
-        self, preset: str, prompt: str, clip: Any, mask: Any, pictures: Any, boxes: str, ready: bool, size: str,
-        frame_num: float | None, steps: float | None, seed: float,
+        self, preset: str, prompt: str, clip: Any = None, mask: Any = None, pictures: Any = None,
+        boxes: str | None = None, ready: bool = False, size: str | None = None, frame_num: float | None = None,
+        steps: float | None = None, seed: float = 0,
     ) -> tuple[str, dict[str, Any]]:  # fmt: skip
         """One video: what the page makes of the same inputs, and its facts."""
         import gradio as gr
 
         session = self.sessions.open(None)
         values = {name: self.words[name].value for name in FORM} | {
-            "preset": preset, "prompt": prompt, "clip": clip, "mask": mask, "pictures": pictures, "boxes": boxes,
+            "preset": preset, "prompt": prompt, "clip": clip, "mask": mask, "pictures": pictures, "boxes": boxes or "",
             "ready": ready, "size": size, "frame_num": frame_num, "steps": steps, "seed": seed, "canvas": None,
             "region": "box" if mask is None else "file",
         }  # fmt: skip

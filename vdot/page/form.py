@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from vdot.page.orders import REGIONS, SIDES
+from vdot.page.orders import REGIONS, SHAPES, SIDES
 from vdot.page.presets import PRESETS, Preset
 from vdot.page.texts import LANGUAGES, text
 from vdot.pipeline import checkpoint_defaults, checkpoint_schedule
@@ -12,9 +12,9 @@ from vdot.sampling import SOLVERS
 
 # Components whose values make a Form, in the order that events pass them.
 FORM = (
-    "preset", "prompt", "negative", "clip", "ready", "pictures", "cut_out", "region", "canvas", "mask", "track",
-    "boxes", "sides", "ratio", "end", "keep", "size", "frame_num", "frame_mode", "fps", "steps", "shift", "solver",
-    "guide_scale", "context_scale", "keep_source", "feather", "seed",
+    "preset", "prompt", "negative", "clip", "ready", "pictures", "cut_out", "region", "canvas", "mask", "shape",
+    "track", "boxes", "sides", "ratio", "end", "keep", "size", "frame_num", "frame_mode", "fps", "steps", "shift",
+    "solver", "guide_scale", "context_scale", "keep_source", "feather", "seed",
 )  # fmt: skip
 
 
@@ -104,6 +104,8 @@ def _region(words: Words) -> None:
     add("mask", gr.File, {"label": "mask"}, visible=False, file_types=["image", "video"], type="filepath", height=120)
     add("boxes", gr.Textbox, {"label": "boxes", "info": "boxes_info"}, visible=False, lines=2, max_length=2000)
     add("box_picture", gr.Image, {"label": "box_picture"}, visible=False, interactive=False, height=240, buttons=[])
+    shapes = choices(SHAPES, "shape_")
+    add("shape", gr.Radio, {"label": "shape", "choices": shapes}, value="auto", visible=False)
     add("track", gr.Checkbox, {"label": "track", "info": "track_info"}, value=True, visible=False)
 
 
@@ -181,6 +183,7 @@ def shown(preset: Preset, region: str) -> dict[str, bool]:
         "region": "region" in has,
         "canvas": "region" in has and region == "paint",
         "mask": "region" in has and region == "file",
+        "shape": "region" in has,
         "track": "region" in has and region != "file",
         "boxes": boxed,
         "box_picture": boxed,

@@ -35,6 +35,7 @@ from vdot.video import (
 from vdot.video.plan import CELL
 
 REGIONS = ("paint", "box", "file")
+SHAPES = ("auto", "original", "original_expand", "bbox_expand")
 SIDES = ("left", "right", "up", "down")
 MOST_EXPANSION = 1.0
 CANVAS = 768  # pixels, the longer side of the picture that is painted on
@@ -54,6 +55,7 @@ class Form:
     region: str = "paint"
     painted: str | None = None  # a mask picture, white where it was painted
     mask: str | None = None
+    shape: str = "auto"  # of the region: the task's own, or one of SHAPES
     track: bool = True  # a painted or boxed region follows the thing
     boxes: str = ""
     sides: tuple[str, ...] = SIDES
@@ -364,6 +366,11 @@ def _extend(form: Form, clip: Clip) -> Made:
 
 def _with_region(form: Form, clip: Clip, material: Material, preset: Preset) -> Material:
     """What shall change: painted or boxed in the first frame (and tracked), or a mask file."""
+    if form.shape not in SHAPES:
+        raise InputError(f"unknown shape {form.shape!r} of the region: use {', '.join(SHAPES)}")
+    exact = preset.key == "inpaint" and form.shape == "auto"
+    shape = "original" if exact else None if form.shape == "auto" else form.shape
+    material = replace(material, maskaug_mode=shape)
     two = () if preset.key == "inpaint" else ("salient" if form.cut_out else "plain",)
     if form.region == "file":
         assert clip.plan is not None and form.mask is not None
@@ -437,9 +444,9 @@ def in_gib(count: int) -> str:
 
 
 def first_frame(path: str | Path) -> np.ndarray:
-    """What is painted on: uint8 ``[H, W, 3]`` of a clip, scaled down to :data:`CANVAS`."""
+    """What is painted on: uint8 ``[H, W, 3]`` of a clip, scaled to :data:`CANVAS`."""
     with renamed(Path(path), display_name(path)):
         info = probe(path)
-        scale = min(1.0, CANVAS / max(info.height, info.width))
+        scale = CANVAS / max(info.height, info.width)  # small clips are enlarged: a brush has room on them
         size = (max(1, round(info.height * scale)), max(1, round(info.width * scale)))
         return read_frames(path, [0], size)[0]

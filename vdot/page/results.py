@@ -101,7 +101,8 @@ class Session:
 def finish(folder: Path, ticket: Ticket) -> Result:
     """Thumbnail, comparison and settings beside a video that was just made."""
     record = ticket.record
-    facts = {key: record[key] for key in ("frames", "fps", "size", "plan", "notes", "checkpoint")}
+    facts = {key: record[key] for key in ("frames", "fps", "size", "plan", "notes")}
+    facts["checkpoint"] = f"{Path(record['checkpoint']['path']).name} {record['checkpoint']['fingerprint']}"
     facts |= {"seed": ticket.order.request.seed, "seconds": round(ticket.seconds, 1)}
     result = Result(folder, dict(record["page"]), facts)
     count = probe(result.video).frames

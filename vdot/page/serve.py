@@ -16,6 +16,7 @@ from vdot.page import show
 from vdot.page.app import Page
 from vdot.page.crew import Crew, attend
 from vdot.page.engine import Engine
+from vdot.page.guard import Guard
 from vdot.page.options import PageConfig, credentials, read_options
 from vdot.page.results import Sessions
 from vdot.page.uploads import Uploads
@@ -54,7 +55,7 @@ def serve(config: PageConfig, launch: Launch) -> int:
     try:
         engine.begin()
         blocks = Page(config, model, launch.world, engine, sessions, Uploads.of(config, cache)).build()
-        _launch(blocks, config, root)
+        _launch(blocks, config, root, cache)
         while engine.broken is None:
             time.sleep(0.5)
         raise ConfigError(f"the model does not start: {engine.broken}")
@@ -78,9 +79,10 @@ def _gradio() -> None:
         raise MissingDependencyError('the page needs Gradio: pip install -e ".[demo]"') from error
 
 
-def _launch(blocks: Any, config: PageConfig, root: Path) -> None:
+def _launch(blocks: Any, config: PageConfig, root: Path, cache: Path) -> None:
     """Listen, and say where and to whom."""
     import gradio as gr
+    from starlette.middleware import Middleware
 
     pairs = credentials(config.auth)
     fonts = [["system-ui", "sans-serif"], ["ui-monospace", "monospace"]]  # nothing is fetched from elsewhere
@@ -101,6 +103,7 @@ def _launch(blocks: Any, config: PageConfig, root: Path) -> None:
             footer_links=["api", "settings"],
             theme=gr.themes.Default(font=fonts[0], font_mono=fonts[1]),
             css=show.CSS,
+            app_kwargs={"middleware": [Middleware(Guard, cache=str(cache))]},
         )
     except OSError as error:
         raise ConfigError(f"cannot listen on {config.host}:{config.port}: choose another --port") from error
