@@ -28,7 +28,7 @@ CORE = [
 
 EXTRAS = {
     "train": ["wandb>=0.19", "peft>=0.15", "matplotlib>=3.8"],
-    "demo": ["gradio>=5,<7"],
+    "demo": ["gradio>=6,<7"],
     "annotate": ["rapidocr>=3.0", "onnxruntime>=1.20", "scenedetect-headless>=0.6.5"],
     "eval": ["scipy>=1.12", "scikit-image>=0.24", "matplotlib>=3.8"],
     "dev": [
@@ -37,6 +37,7 @@ EXTRAS = {
         "ruff>=0.9",
         "mypy>=1.13",
         "geomloss>=0.2.6",
+        "playwright>=1.45",
         "matplotlib>=3.8",
         # for the interpreter that tests the kernels on a CPU; older ones fail there with numpy 2.4
         'triton>=3.7,<3.10; platform_system == "Linux" and platform_machine == "x86_64"',

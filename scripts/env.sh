@@ -25,3 +25,16 @@ use_env() {
   fi
   export PATH="$VENV/bin:$PATH"
 }
+
+# For the tests of the page in a real browser, which skip with a reason where there is none.
+use_chromium() {
+  local name
+  for name in chromium chromium-browser google-chrome; do
+    if command -v "$name" >/dev/null; then return; fi
+  done
+  if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
+    echo "installing chromium (once)"
+    { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends chromium; } >/dev/null 2>&1 ||
+      echo "note  chromium could not be installed: the tests in a browser are skipped"
+  fi
+}

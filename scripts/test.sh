@@ -4,7 +4,8 @@
 #   bash scripts/test.sh tests/models    only these tests;   -m slow or -m gpu: the long ones, the ones on a GPU
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-use_env dev train eval
+use_env dev train eval demo annotate
+use_chromium
 cd "$ROOT"
 ruff check .
 ruff format --check .
