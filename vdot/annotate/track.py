@@ -21,7 +21,7 @@ def follow(frames: np.ndarray, mask: np.ndarray) -> np.ndarray:
     out = np.zeros(frames.shape[:3], bool)
     out[0] = mask
     grey = luminance(frames)
-    soft = mask.astype(np.float32)
+    soft: np.ndarray = mask.astype(np.float32)
     for t in range(1, len(frames)):
         back = dense_flow(grey[[t, t - 1]])[0]
         rows, cols = np.mgrid[: mask.shape[0], : mask.shape[1]].astype(np.float32)
