@@ -18,7 +18,7 @@ from typing import Any
 from vdot.errors import InputError, MissingDependencyError
 
 ROOT = Path(__file__).resolve().parents[2]
-MEDIAPIPE = "pip install --no-deps mediapipe==0.10.21 && pip install absl-py matplotlib flatbuffers"
+MEDIAPIPE = "pip install --no-deps mediapipe==0.10.21 && pip install absl-py attrs flatbuffers matplotlib"
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,16 @@ BACKENDS: tuple[Backend, ...] = (
     Backend("gray", "builtin", "lines:gray"),
     Backend("scribble", "builtin", "lines:scribble"),
     Backend("flow", "dis", "flow:dis"),
+    Backend("salient", "mediapipe", "with_mediapipe:salient", package="mediapipe", install=MEDIAPIPE),
     Backend("salient", "grabcut", "salient:salient"),
     Backend("segment", "grabcut", "salient:segment"),
     Backend("track", "flow", "track:by_flow"),
+    Backend("face", "mediapipe", "with_mediapipe:faces", package="mediapipe", install=MEDIAPIPE),
+    Backend("face", "opencv", "with_opencv:faces"),
+    Backend("find", "mediapipe", "with_mediapipe:people", package="mediapipe", install=MEDIAPIPE),
+    Backend("find", "opencv", "with_opencv:find"),
     Backend("depth", "depth_anything", "depth:depth_anything", model="depth-anything/Depth-Anything-V2-Small-hf"),
-    Backend("pose", "mediapipe", "pose:mediapipe", package="mediapipe", install=MEDIAPIPE),
+    Backend("pose", "mediapipe", "with_mediapipe:pose", package="mediapipe", install=MEDIAPIPE),
 )
 KINDS = tuple(dict.fromkeys(backend.kind for backend in BACKENDS))
 

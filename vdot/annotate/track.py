@@ -1,7 +1,7 @@
 """A thing followed through a clip from its mask in the first frame, without a model.
 
-The thing as the first frame shows it is looked for in each frame: moved, turned, scaled. Where it is found, it is there,
-less what covers it; where not (it bends, or turns away), the last frame's picture of it is looked for instead. GrabCut
+The thing as the first frame shows it is looked for in each frame: moved, turned, scaled. Where found, it is there, less
+what covers it; where not (it bends, or turns away), the last frame's picture of it is looked for instead. GrabCut
 then draws the edge. On the procedural world the mean overlap is 0.9; a network is better with people and clutter.
 """
 
