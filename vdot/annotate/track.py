@@ -41,7 +41,7 @@ class _Place:
     cost: float = np.inf
 
 
-def by_flow() -> Track:
+def by_template() -> Track:
     """uint8 ``[T, H, W, 3]`` and the first frame's bool ``[H, W]`` -> bool ``[T, H, W]``."""
     return follow
 
