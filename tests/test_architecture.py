@@ -52,6 +52,7 @@ ENTRIES = (
     "vdot.training",
     "vdot.evaluate",
     "vdot.entry",
+    "vdot.page",
 )
 FORBIDDEN = {
     "vdot.checkpoints": ENTRIES,
@@ -65,9 +66,10 @@ FORBIDDEN = {
     "vdot.request": ("vdot.cli", "vdot.pipeline", "vdot.jobs", "vdot.models", "vdot.sampling"),
     "vdot.data": tuple(entry for entry in ENTRIES if entry != "vdot.request"),
     "vdot.distillation": (*(e for e in ENTRIES if e != "vdot.distillation"), "vdot.checkpoints", "vdot.video"),
-    "vdot.training": ("vdot.cli", "vdot.jobs", "vdot.record", "vdot.evaluate"),
-    "vdot.evaluate": ("vdot.cli", "vdot.jobs", "vdot.training", "vdot.distillation", "vdot.pipeline"),
-    "vdot.pipeline": ("vdot.cli", "vdot.jobs", "vdot.record", "vdot.config", "vdot.training", "vdot.data"),
+    "vdot.training": ("vdot.cli", "vdot.jobs", "vdot.record", "vdot.evaluate", "vdot.page"),
+    "vdot.page": ("vdot.training", "vdot.distillation", "vdot.evaluate", "vdot.jobs"),
+    "vdot.evaluate": ("vdot.cli", "vdot.jobs", "vdot.training", "vdot.distillation", "vdot.pipeline", "vdot.page"),
+    "vdot.pipeline": ("vdot.cli", "vdot.jobs", "vdot.record", "vdot.config", "vdot.training", "vdot.data", "vdot.page"),
 }
 
 

@@ -104,27 +104,32 @@ class _Parser(argparse.ArgumentParser):
 
 
 @dataclass(frozen=True)
-class Command:
-    """What an entry script understands: the fields of ``schema``, shown by ``groups``."""
+class Form:
+    """A command line: the options of ``schema`` in groups, and what ``--help`` says around them."""
 
-    schema: type = GenerateConfig
+    schema: type[GenerateConfig] = GenerateConfig
     groups: Mapping[str, Mapping[str, str]] = field(default_factory=lambda: GROUPS)
     description: str = "Make a video from text and any of a source clip, a mask and reference pictures."
     examples: str = EXAMPLES
 
+    @property
+    def types(self) -> dict[str, Any]:
+        """Annotation of every option."""
+        return {f.name: f.type for f in fields(self.schema)}
 
-def build_parser(prog: str, command: Command) -> argparse.ArgumentParser:
+
+def build_parser(prog: str, form: Form) -> argparse.ArgumentParser:
     parser = _Parser(
         prog=prog,
-        description=command.description,
-        epilog=command.examples,
+        description=form.description,
+        epilog=form.examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any option below, the other way to write it")
     parser.add_argument("--config", metavar="FILE", help="YAML of options, or the run.json of an earlier run")
-    types = _types(command.schema)
-    for title, options in command.groups.items():
+    types = form.types
+    for title, options in form.groups.items():
         group = parser.add_argument_group(title)
         for name, text in options.items():
             group.add_argument(f"--{name}", metavar=_metavar(types[name]), help=text)
@@ -133,10 +138,6 @@ def build_parser(prog: str, command: Command) -> argparse.ArgumentParser:
             "--no_keep_source", dest="keep_source", action="store_const", const="false", help=argparse.SUPPRESS
         )
     return parser
-
-
-def _types(schema: type) -> dict[str, Any]:
-    return {f.name: f.type for f in fields(schema)}
 
 
 def _name_values(argv: Sequence[str], types: Mapping[str, Any]) -> list[str]:
@@ -163,17 +164,17 @@ def _metavar(annotation: Any) -> str:
     return next((letter for kind, letter in kinds.items() if kind in str(annotation)), "TEXT")
 
 
-def parse(argv: Sequence[str], prog: str, command: Command | None = None) -> Any:
+def parse(argv: Sequence[str], prog: str, form: Form | None = None) -> GenerateConfig:
     """Defaults, then ``--config``, then flags and ``key=value``. ``ConfigError`` for anything not understood."""
-    command = command or Command()
-    parser = build_parser(prog, command)
-    args, unknown = parser.parse_known_intermixed_args(_name_values(argv, _types(command.schema)))
+    form = form or Form()
+    parser = build_parser(prog, form)
+    args, unknown = parser.parse_known_intermixed_args(_name_values(argv, form.types))
     if unknown:
         known = [s for a in parser._actions for s in a.option_strings]
         near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
         raise ConfigError(f"unknown option {unknown[0]}; " + (f"did you mean {near[0]}?" if near else "see --help"))
     given = {k: v for k, v in vars(args).items() if v is not None and k not in ("overrides", "config")}
-    return load_config(command.schema, args.config, args.overrides, given)
+    return load_config(form.schema, args.config, args.overrides, given)
 
 
 def find_checkpoint(ckpt_dir: str | None) -> tuple[Path, str]:
@@ -278,6 +279,12 @@ def main(argv: Sequence[str] | None = None, prog: str = "vace_wan_inference.py")
 def _run(argv: Sequence[str], prog: str, ranks: Ranks) -> int:
     with ranks.agree():
         config = parse(argv, prog)
+    return make(config, ranks)
+
+
+def make(config: GenerateConfig, ranks: Ranks) -> int:
+    """What the options ask for: a video, a table of them, or the plan alone; the exit code."""
+    with ranks.agree():
         check_options(config)
     session = open_session(config, ranks)
     if config.jobs is not None:

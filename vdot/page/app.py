@@ -184,7 +184,8 @@ class Page:
 
     def new_clip(self, token: str, language: str, clip: str | None, boxes: str) -> dict[Any, Any]:
         """The first frame to paint on, or why the clip cannot be taken."""
-        w, canvas = self.words, {"background": None, "layers": [], "composite": None}
+        w = self.words
+        canvas: dict[str, Any] = {"background": None, "layers": [], "composite": None}
         if clip is None:
             return {w["canvas"]: canvas, w["box_picture"]: None}
         session = self.sessions.open(token)

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
-from vdot.cli import GROUPS, Command, parse
+from vdot.cli import GROUPS, Form, parse
 from vdot.config import GenerateConfig
 from vdot.errors import ConfigError
 from vdot.models.attention import BACKENDS
@@ -51,7 +52,7 @@ SERVER = {
 
 _MODEL = "model and machine"
 _SAVE = {"save_dir": "folder of the sessions' results (default: a temporary one, gone when the page ends)"}
-COMMAND = Command(
+FORM = Form(
     PageConfig,
     {"the page": {**SERVER, **_SAVE}, _MODEL: GROUPS[_MODEL]},
     "Serve the page: drop a clip, paint what should change, write a line, generate.",
@@ -61,7 +62,7 @@ COMMAND = Command(
 
 def read_options(argv: Sequence[str], prog: str) -> PageConfig:
     """``ConfigError`` for anything not understood or out of range."""
-    config: PageConfig = parse(argv, prog, COMMAND)
+    config = cast(PageConfig, parse(argv, prog, FORM))
     offload_mode(config.offload_model)
     if config.attention not in BACKENDS:
         raise ConfigError(f"unknown attention {config.attention!r}: choose one of {', '.join(BACKENDS)}")
