@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from vdot.checkpoints import CheckpointInfo, inspect_checkpoint
 from vdot.checkpoints.networks import network_configs
+from vdot.chunks import heaviest
 from vdot.conditioning import Condition
 from vdot.config import GenerateConfig, load_config
 from vdot.entry import enter
@@ -43,12 +44,17 @@ GROUPS: dict[str, dict[str, str]] = {
         "src_mask": "video or image of the clip's size: white generates, black keeps",
         "src_ref_images": "pictures of what should appear: a.png,b.png",
         "size": '"480p", "720p" or "W*H"; with a clip the area limit, its aspect is kept (default: the checkpoint\'s)',
-        "frame_num": "exact number of frames to get (default: the clip's, else the checkpoint's)",
+        "frame_num": "exact number of frames to get (default: the clip's, else the checkpoint's); more than the model "
+        "makes at a time are made in chunks",
         "frame_mode": "how a clip is sampled: spread (over all of it, the original's way), trim (the first frames), "
-        "resample (--fps or 16 frames of each second)",
+        "resample (--fps or 16 frames of each second), all (every frame, in chunks where it is long)",
         "fps": "frame rate of the result (default: real speed)",
         "keep_source": "put the clip's own pixels back where the mask keeps; off: --no_keep_source",
         "feather": "pixels inside the mask over which the seam to the kept part is closed",
+        "chunk_frames": "frames of one chunk of a long clip, 4n + 1 (default: what the checkpoint makes at a time)",
+        "chunk_overlap": "frames that a chunk goes on from, the last ones of the chunk before, 4n + 1 (default: a "
+        "fifth of a chunk)",
+        "chunk_anchor": "hold the colours of later chunks to the first one's; off: --no_chunk_anchor",
         "use_prompt_extend": "plain (the prompt as written) is what there is",
     },
     "how to sample (defaults travel with the checkpoint)": {
@@ -117,9 +123,8 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         group = parser.add_argument_group(title)
         for name, text in options.items():
             group.add_argument(f"--{name}", metavar=_metavar(types[name]), help=text)
-    parser.add_argument(
-        "--no_keep_source", dest="keep_source", action="store_const", const="false", help=argparse.SUPPRESS
-    )
+    for name in ("keep_source", "chunk_anchor"):
+        parser.add_argument(f"--no_{name}", dest=name, action="store_const", const="false", help=argparse.SUPPRESS)
     return parser
 
 
@@ -216,6 +221,9 @@ def request_of(config: GenerateConfig) -> Request:
         feather=config.feather,
         context_scale=config.context_scale,
         seed=config.base_seed if config.base_seed >= 0 else secrets.randbelow(2**31),
+        chunk_frames=config.chunk_frames,
+        chunk_overlap=config.chunk_overlap,
+        chunk_anchor=config.chunk_anchor,
     )
 
 
@@ -229,11 +237,11 @@ def schedule_of(config: GenerateConfig, default: FewStepSchedule) -> FewStepSche
 
 
 @contextmanager
-def step_bar(steps: int, shown: bool = True) -> Iterator[Callable[..., None]]:
+def step_bar(shown: bool = True) -> Iterator[Callable[..., None]]:
     """One progress bar for the steps, which appears with the first of them."""
     bars: list[tqdm] = []
 
-    def on_step(step: int, *_: Any) -> None:
+    def on_step(step: int, steps: int, _: Any) -> None:
         if not bars:
             bars.append(
                 tqdm(
@@ -351,9 +359,11 @@ class Session:
             s.solver,
             s.shift,
             s.guide_scale,
-            s.evaluations,
+            s.evaluations * len(prepared.chunks),
         )
-        plan = self._plan(prepared.condition, s)
+        plan = self._plan(heaviest(prepared.condition, prepared.chunks), s)
+        if len(prepared.chunks) > 1:
+            log.info("in each of the %d chunks:", len(prepared.chunks))
         together = self.ranks.mesh.sequence.size
         if together > 1:
             split = {"transformer": config.dit_fsdp, "text": config.t5_fsdp}
@@ -397,7 +407,7 @@ class Session:
         request, schedule = self.ranks.share(request_of(config)), self.schedule(config)  # one seed for all
         try:
             pipeline = self.pipeline
-            with step_bar(schedule.steps, shown=self.ranks.rank == 0) as on_step:
+            with step_bar(shown=self.ranks.rank == 0) as on_step:
                 result = pipeline.generate(request, schedule, prepared, on_step)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):

@@ -175,9 +175,8 @@ def _contents(result: VideoResult, video: Path, folder: Path) -> dict[Path, Call
     files: dict[Path, Callable[[Path], None]] = {video: result.save}
     if prepared.source is not None:
         files[folder / "src_video.mp4"] = partial(write_video, frames=prepared.source[:count], fps=result.fps)
-    if prepared.condition.mask is not None:
-        grey = (prepared.condition.mask[:count].numpy() * 255).round().astype(np.uint8)
-        shown = np.repeat(grey[..., None], 3, axis=-1)
+    if prepared.mask is not None:
+        shown = np.repeat(prepared.mask[:count, ..., None], 3, axis=-1)
         files[folder / "src_mask.mp4"] = partial(write_video, frames=shown, fps=result.fps)
     for i, reference in enumerate(prepared.references):
         files[folder / f"src_ref_image_{i}.png"] = partial(write_image, array=reference)
