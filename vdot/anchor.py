@@ -1,21 +1,25 @@
 """Colours of a long clip, held to those of its first chunk by optimal transport between Gaussians of pixels.
 
 What a chunk makes of pixels that are known (the overlap, and what the mask keeps) shows its colour error exactly, pixel
-for pixel. Beyond them only the colours of the first chunk are there to compare with; a difference that is small counts
-as drift and is taken back, a large one is another scene and stays.
+for pixel. Beyond them only the first chunk is there to compare with: places that look nearly alike in both are taken
+for the same things and their difference for drift; where few are, it is another scene and stays as it comes.
 """
 
-from collections.abc import Iterator
+import itertools
+import math
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
 
 SAMPLED = 2**16  # pixels of a frame that are measured, at most about as many
-FLOOR = 4.0  # grey levels squared, added to each variance: flat colours have no direction to stretch
+FLOOR = 25.0  # grey levels squared, added to each variance: flat colours have no direction to stretch
 SEAM_GAIN, SEAM_SHIFT = 1.25, 32.0  # largest correction by known pixels: contrast, and grey levels
 DRIFT_GAIN, DRIFT_SHIFT = 1.1, 12.0  # and by the first chunk's colours
-SAME_SCENE, OTHER_SCENE = 16.0, 32.0  # grey levels between mean colours: up to here drift, from here on no drift at all
+ALIKE = 24.0  # grey levels in any channel between two colours of what may be the same thing
+SMALL, REACH = 64, 16  # longer side of the pictures in which a camera's way is looked for, and how far it may be
+OTHER_SCENE, SAME_SCENE = 0.25, 0.5  # share of places that look alike: up to here none of it is drift, from here on all
+RECENT = 4  # last frames of the overlap that say how to go on from it
 ENOUGH_KNOWN = 0.05  # of the new pixels: then these, not the first chunk, say what the colours should be
 
 
@@ -51,24 +55,18 @@ class ColourMap:
 IDENTITY = ColourMap(np.eye(3), np.zeros(3))
 
 
-def moments(frames: np.ndarray, where: np.ndarray | None = None) -> Moments | None:
-    """Of uint8 ``[T, H, W, 3]`` where ``where [T, H, W]``; None without a pixel there."""
-    total, square, count = np.zeros(3), np.zeros((3, 3)), 0
-    for pixels in _samples(frames, where):
-        total += pixels.sum(0)
-        square += pixels.T @ pixels
-        count += len(pixels)
-    if not count:
-        return None
-    mean = total / count
-    return Moments(mean, square / count - np.outer(mean, mean))
+def moments(pixels: np.ndarray) -> Moments:
+    """Of colours ``[N, 3]``, at least one."""
+    colours = pixels.astype(np.float64)
+    mean = colours.mean(0)
+    centred = colours - mean
+    return Moments(mean, centred.T @ centred / len(colours))
 
 
-def _samples(frames: np.ndarray, where: np.ndarray | None) -> Iterator[np.ndarray]:
+def sampled(frames: np.ndarray) -> np.ndarray:
+    """``[T, H, W, ...]`` with the same rows and columns left out of every frame."""
     step = max(1, round((frames.shape[1] * frames.shape[2] / SAMPLED) ** 0.5))
-    for i, frame in enumerate(frames[:, ::step, ::step]):
-        chosen = frame.reshape(-1, 3) if where is None else frame[where[i, ::step, ::step]]
-        yield chosen.astype(np.float64)
+    return frames[:, ::step, ::step]
 
 
 def transport(found: Moments, wanted: Moments, most_gain: float, most_shift: float) -> ColourMap:
@@ -95,11 +93,11 @@ class ColourAnchor:
     """Remembers the first chunk's colours and holds later ones to them."""
 
     def __init__(self) -> None:
-        self._first: Moments | None = None
+        self._first: np.ndarray | None = None
 
     def learn(self, frames: np.ndarray) -> None:
         """``frames`` uint8 ``[T, H, W, 3]``: the first chunk as it is shown."""
-        self._first = moments(frames)
+        self._first = np.median(sampled(frames), axis=0)  # of each place; what moves through it does not count
 
     def hold(self, decoded: np.ndarray, known: np.ndarray, where: np.ndarray, overlap: int) -> np.ndarray:
         """The new frames of a later chunk, those after the first ``overlap``, with corrected colours.
@@ -108,22 +106,61 @@ class ColourAnchor:
         correction begins as the known pixels say, so that nothing jumps at the seam, and ends at the first chunk's
         colours, where the next chunk goes on.
         """
-        new, free = decoded[overlap:], ~where[overlap:]
-        made, shown = moments(decoded, where), moments(known, where)
-        seam = IDENTITY if made is None or shown is None else transport(made, shown, SEAM_GAIN, SEAM_SHIFT)
-        if free.mean() > 1 - ENOUGH_KNOWN:
+        new, late = decoded[overlap:], slice(max(overlap - RECENT, 0), None)
+        chosen = sampled(where[late])
+        made, shown = (moments(sampled(frames[late])[chosen]) for frames in (decoded, known))
+        seam = end = transport(made, shown, SEAM_GAIN, SEAM_SHIFT)
+        if where[overlap:].mean() < ENOUGH_KNOWN:
             end = seam.then(self._drift(seam, new[len(new) // 2 :]))
-        else:
-            end = seam
         shares = np.arange(1, len(new) + 1) / len(new)
         return np.concatenate([seam.towards(end, s)(new[i : i + 1]) for i, s in enumerate(shares)])
 
     def _drift(self, seam: ColourMap, frames: np.ndarray) -> ColourMap:
         """From the colours of ``frames``, corrected by ``seam``, to the first chunk's."""
-        found, first = moments(frames), self._first
-        if found is None or first is None:
+        if self._first is None:
             return IDENTITY
-        found = Moments(seam.matrix @ found.mean + seam.offset, seam.matrix @ found.covariance @ seam.matrix.T)
-        apart = float(np.linalg.norm(found.mean - first.mean))
-        trust = np.clip((OTHER_SCENE - apart) / (OTHER_SCENE - SAME_SCENE), 0, 1)
-        return IDENTITY.towards(transport(found, first, DRIFT_GAIN, DRIFT_SHIFT), float(trust))
+        colours = sampled(frames) @ seam.matrix.T + seam.offset
+        alike = (np.abs(colours - self._first) < ALIKE).all(-1)
+        trust = float(np.clip((alike.mean() - OTHER_SCENE) / (SAME_SCENE - OTHER_SCENE), 0, 1))
+        if not trust:
+            return IDENTITY
+        wanted = np.broadcast_to(self._first, colours.shape)[alike]
+        back = transport(moments(colours[alike]), moments(wanted), DRIFT_GAIN, DRIFT_SHIFT)
+        now = np.median(colours, axis=0)
+        if camera_moved(self._first, now, now @ back.matrix.T + back.offset):
+            return IDENTITY
+        return IDENTITY.towards(back, trust)
+
+
+def camera_moved(first: np.ndarray, now: np.ndarray, corrected: np.ndarray) -> bool:
+    """Whether ``now`` is better explained as ``first`` seen from elsewhere, its colours as they are, than as
+    ``corrected`` is: from the same place, its colours drifted. Pictures ``[H, W, 3]``.
+
+    A camera that moves over a sky changes the colours of every place a little, as drift does.
+    """
+    misfit, at = math.inf, (0, 0)
+    for size, reach in ((SMALL // 2, REACH // 2), (SMALL, 1)):  # roughly over the whole reach, then to the pixel
+        before, after, still = (_small(picture, size) for picture in (first, now, corrected))
+        rows, columns = before.shape[:2]
+        around = itertools.product(*(range(2 * c - reach, 2 * c + reach + 1) for c in at))
+        shifts = [(y, x) for y, x in around if (y or x) and abs(y) < rows // 2 and abs(x) < columns // 2]
+        fits = [(_misfit(_moved(before, y, x), _moved(after, -y, -x)), (y, x)) for y, x in shifts]
+        misfit, at = min(fits, default=(math.inf, (0, 0)))
+    return misfit < _misfit(before, still)
+
+
+def _small(picture: np.ndarray, longest: int) -> np.ndarray:
+    rows, columns = picture.shape[:2]
+    scale = min(1.0, longest / max(rows, columns))
+    size = (max(1, round(columns * scale)), max(1, round(rows * scale)))
+    return cv2.resize(picture.astype(np.float32), size, interpolation=cv2.INTER_AREA)
+
+
+def _moved(picture: np.ndarray, y: int, x: int) -> np.ndarray:
+    """The part of a picture that another, moved by ``-y, -x``, has too."""
+    rows, columns = picture.shape[:2]
+    return picture[max(y, 0) : rows + min(y, 0), max(x, 0) : columns + min(x, 0)]
+
+
+def _misfit(one: np.ndarray, other: np.ndarray) -> float:
+    return float(np.median(np.abs(one[::2, ::2] - other[::2, ::2]).max(-1)))

@@ -73,8 +73,7 @@ def plan_chunks(frames: int, length: int, overlap: int | None = None) -> tuple[C
     count = -(-left // (most - shared))
     ends = [most + left * i // count for i in range(count + 1)]  # groups made after each chunk
     following = (
-        Chunk(GROUP * (end - most), length, GROUP * (before - end + most) + 1)
-        for before, end in pairwise(ends)
+        Chunk(GROUP * (end - most), length, GROUP * (before - end + most) + 1) for before, end in pairwise(ends)
     )
     return (Chunk(0, length), *following)
 
