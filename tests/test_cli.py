@@ -318,7 +318,7 @@ WRONG = [
     (("--prompt", "x", "--model_name", "wan"), "unknown model_name"),
     (("--prompt", "x", "--ckpt_dir", "nowhere"), "nowhere does not exist"),
     (("--prompt", "x", "--ulysses_size", "2"), "several processes"),
-    (("--prompt", "x", "--use_prompt_extend", "wan_en"), "prompt extension is not built yet"),
+    (("--prompt", "x", "--use_prompt_extend", "wan"), "unknown use_prompt_extend 'wan': use one of plain, wan_zh"),
     (("--prompt", "x", "--save_file", "a.gif"), "must end in .mp4"),
     (("--prompt", "x", "--save_file", "a.mp4", "--jobs", "j.jsonl"), "save_file names one video"),
     (("--promt", "x"), "unknown option --promt; did you mean --prompt?"),

@@ -38,6 +38,9 @@ class GenerateConfig:
     chunk_overlap: int | None = None  # frames that a pass shares with the one before, 4n + 1
     chunk_anchor: bool = True  # hold later passes to the first one's colours
     use_prompt_extend: str = "plain"
+    prompt_model: str | None = None  # folder of a language model, or its name at prompt_url
+    prompt_url: str | None = None
+    prompt_timeout: float = 60.0  # seconds for one of three attempts
     # how to sample
     sample_steps: int | None = None
     sample_shift: float | None = None
