@@ -305,7 +305,7 @@ WRONG = [
     (("--prompt", "x", "--context_scale", "-1"), "context_scale must be a number"),
     (("--prompt", "x", "--fps", "0"), "fps must be a number"),
     (("--prompt", "x", "--base_seed", "9" * 30), "seed must be at most"),
-    (("--prompt", "x", "--frame_mode", "all"), "unknown frame_mode"),
+    (("--prompt", "x", "--frame_mode", "most"), "unknown frame_mode"),
     (("--prompt", "x", "--src_video", "gone.mp4"), "gone.mp4 does not exist"),
     (("--prompt", "x", "--src_ref_images", "gone.png"), "gone.png does not exist"),
     (("--prompt", "x", "--src_mask", "m.mp4"), "a mask needs the source video"),
