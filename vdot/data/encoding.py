@@ -53,7 +53,9 @@ from vdot.runtime import log, pick_dtype
 from vdot.video import to_model
 from vdot.video.output import remove_leftovers
 
-SHARD_BYTES = 512 << 20  # a shard is closed at this size, or at SHARD_ROWS (more of small ones): a killed run loses one at most
+SHARD_BYTES = (
+    512 << 20
+)  # a shard is closed at this size, or at SHARD_ROWS (more of small ones): a killed run loses one at most
 SHARD_ROWS = 64
 ENCODERS = ("text_encoder", "vae")
 TOGETHER = 64  # small clips in one forward pass of the autoencoder
