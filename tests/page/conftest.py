@@ -1,15 +1,18 @@
 """The page as a user starts it, and a real browser. Waits are minutes: a busy machine is no failure."""
 
+import json
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +71,37 @@ def serving(folder: Path, *options: str, launcher: tuple[str, ...] = ()) -> Iter
             raise
 
 
+class _Chat(BaseHTTPRequestHandler):
+    """A language model with one thing to say."""
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][-1]["content"]
+        content = f"In soft light, {asked}, seen from the side, rolls slowly over the grass."
+        body = json.dumps({"choices": [{"message": {"content": content}}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
 @pytest.fixture(scope="session")
-def page(tmp_path_factory) -> Iterator[Served]:
-    """One page for the quick tests: small limits, a password, small videos."""
+def chat() -> Iterator[str]:
+    """Address of an OpenAI-compatible endpoint."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Chat)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1"
+    server.shutdown()
+
+
+@pytest.fixture(scope="session")
+def page(tmp_path_factory, chat) -> Iterator[Served]:
+    """One page for the quick tests: small limits, a password, small videos, somebody who writes prompts out."""
     folder = tmp_path_factory.mktemp("page")
     limits = ("--max_upload_mb", "1", "--max_seconds", "4", "--max_side", "512", "--auth", ":".join(LOGIN))
-    with serving(folder, *limits, "size=64*64") as served:
+    with serving(folder, *limits, "--prompt_url", chat, "--prompt_model", "writer", "size=64*64") as served:
         yield served
 
 

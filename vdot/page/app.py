@@ -3,6 +3,7 @@
 import asyncio
 import secrets
 import shutil
+import threading
 from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
@@ -22,11 +23,30 @@ from vdot.page.presets import PRESETS
 from vdot.page.results import Result, Session, Sessions
 from vdot.page.texts import preferred, text
 from vdot.page.uploads import Uploads, display_name
+from vdot.prompts import Extended, extend_prompt, find_writer
 from vdot.runtime import log
 from vdot.video import read_image, write_image
 
 LOOK = 0.25  # seconds between two looks at an order
 MOST_SEED = 2**31
+
+
+class Writers:
+    """Language models that write prompts out, as the command line found them; one prompt at a time."""
+
+    def __init__(self, config: PageConfig) -> None:
+        self.config = config
+        self._lock = threading.Lock()
+        self._writers: dict[str, Any] = {}
+
+    def extend(self, prompt: str, language: str) -> Extended:
+        """``ConfigError`` where the page was started without a model, ``ServiceError`` where it gives no answer."""
+        c = self.config
+        mode = c.use_prompt_extend if c.use_prompt_extend != "plain" else "wan_zh" if language == "zh" else "wan_en"
+        with self._lock:
+            if mode not in self._writers:  # on the host: the device is the worker's
+                self._writers[mode] = find_writer(mode, c.prompt_model, c.prompt_url, c.prompt_timeout, keep=True)
+            return extend_prompt(prompt, mode, self._writers[mode])
 
 
 class Page:
@@ -38,6 +58,7 @@ class Page:
         self.config, self.model, self.world, self.engine = config, model, world, engine
         self.sessions, self.uploads = sessions, uploads
         self.examples = Examples(sessions.root / "examples")
+        self.writers = Writers(config)
         self.words = Words()
 
     # -- the look ------------------------------------------------------------------------------------------------
@@ -108,6 +129,7 @@ class Page:
         w["pictures"].change(self.draw_boxes, [*who, w["clip"], w["pictures"], w["boxes"]], w["box_picture"], **quick)
         w["boxes"].change(self.draw_boxes, [*who, w["clip"], w["pictures"], w["boxes"]], w["box_picture"], **quick)
         w["box_picture"].select(corner, [w["box_picture"], w["boxes"], w["corner"]], [w["boxes"], w["corner"]], **quick)
+        w["write_out"].click(self.write_out, [w["language"], w["prompt"]], [w["prompt"], w["status"]], **long)
         w["dice"].click(self.dice, None, w["seed"], **quick)
         filled = [*form, w["status"]]
         w["example"].click(self.example, [w["preset"], w["language"]], filled, **quick)
@@ -220,6 +242,18 @@ class Page:
         (left, right), (top, bottom) = (sorted(pair) for pair in zip(first, here, strict=True))
         line = ",".join(f"{value:.0f}" for value in (left, top, right, bottom))
         return "\n".join([*(x for x in boxes.splitlines() if x.strip()), line]), None
+
+    async def write_out(self, language: str, prompt: str) -> AsyncIterator[dict[Any, Any]]:
+        """The prompt as a language model writes it out; what comes of it can be edited before it is used."""
+        w = self.words
+        yield {w["status"]: show.note(text(language, "writing"))}
+        try:
+            written = await asyncio.to_thread(self.writers.extend, prompt or "", language)
+        except VdotError as error:
+            yield {w["status"]: show.failure(language, one_line(error))}
+            return
+        words = text(language, "written", by=written.by, original=written.original)
+        yield {w["prompt"]: written.prompt, w["status"]: show.note(words)}
 
     def dice(self) -> int:
         return secrets.randbelow(MOST_SEED)

@@ -51,10 +51,11 @@ SERVER = {
 }
 
 _MODEL = "model and machine"
+_PROMPTS = {name: text for name, text in GROUPS["what to make"].items() if "prompt_" in name and "negative" not in name}
 _SAVE = {"save_dir": "folder of the sessions' results (default: a temporary one, gone when the page ends)"}
 FORM = Form(
     PageConfig,
-    {"the page": {**SERVER, **_SAVE}, _MODEL: GROUPS[_MODEL]},
+    {"the page": {**SERVER, **_SAVE}, "writing prompts out": _PROMPTS, _MODEL: GROUPS[_MODEL]},
     "Serve the page: drop a clip, paint what should change, write a line, generate.",
     EXAMPLES,
 )

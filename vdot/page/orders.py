@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from vdot.annotate import Annotated, Material, annotate
+from vdot.chunks import heaviest
 from vdot.cli import Session as Model
 from vdot.errors import InputError
 from vdot.memory import GIB
@@ -159,7 +160,7 @@ def understand(form: Form, model: Model, folder: Path, world: int = 1) -> Unders
     prepared = prepare(request, defaults)
     plan = clip.plan if preset.key != "extend" and source is not None else None
     prepared = replace(prepared, plan=_same_size(plan, prepared), notes=(*prepared.notes, *made.notes))
-    memory = model.plan(prepared.condition, schedule, world)
+    memory = model.plan(heaviest(prepared.condition, prepared.chunks), schedule, world)
     mode, on_cpu = offload_mode(model.config.offload_model), model.device.type == "cpu"
     available = total_memory(model.device)
     memory.check_fit(mode, available, on_cpu)
@@ -167,7 +168,7 @@ def understand(form: Form, model: Model, folder: Path, world: int = 1) -> Unders
     order = Order(request, schedule, str(folder), form.settings(), compared, plan, clip.sound, before, after)
     lines = (*prepared.lines(), *_schedule_lines(schedule), *_backend_lines(made.backends))
     peak = memory.peak("false" if on_cpu else mode)
-    return Understood(order, prepared, lines, memory.flops, peak, available, dict(made.backends))
+    return Understood(order, prepared, lines, memory.flops * len(prepared.chunks), peak, available, dict(made.backends))
 
 
 def _preset(form: Form) -> Preset:

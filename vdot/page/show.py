@@ -30,9 +30,8 @@ CSS = """
 # Light or dark by hand; otherwise as the system has it. The page's language is said to screen readers.
 DARK = "() => { document.body.classList.toggle('dark'); }"
 LANG = "(language) => { document.documentElement.lang = language; return language; }"
-STAGES = ("encode text", "encode condition", "sample", "decode", "save")
-SHARE = {"": 0.0, "read inputs": 0.0, "encode text": 0.02, "encode condition": 0.05, "sample": 0.15, "decode": 0.85,
-         "save": 0.97}  # fmt: skip
+SHARE = {"encode text": 0.02, "encode condition": 0.05, "sample": 0.15}
+SAVING = 0.97
 
 
 def head(language: str, model: str) -> str:
@@ -51,11 +50,12 @@ def failure(language: str, message: str) -> str:
 
 
 def fraction(ticket: Ticket) -> float:
-    """How far a running order is, from 0 to 1."""
-    done = SHARE.get(ticket.stage, 0.0)
-    if ticket.stage == "sample" and ticket.steps:
-        done += (SHARE["decode"] - done) * ticket.step / ticket.steps
-    return done
+    """How far a running order is, from 0 to 1. A long clip goes through its stages once for each pass."""
+    if ticket.stage == "save":
+        return SAVING
+    if not ticket.step:
+        return SHARE.get(ticket.stage, 0.0)
+    return SHARE["sample"] + (SAVING - SHARE["sample"]) * ticket.step / (ticket.steps + 1)
 
 
 def progress(language: str, ticket: Ticket, ahead: int, ready: bool) -> str:

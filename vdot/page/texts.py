@@ -108,6 +108,9 @@ TEXTS: dict[str, tuple[str, str]] = {
     "keep": ("Frames of the clip to go on from", "用于衔接的帧数"),
     "prompt": ("Prompt", "提示词"),
     "prompt_hint": ("What the video shows, in a sentence or a paragraph", "用一句话或一段话描述视频内容"),
+    "write_out": ("Write the prompt out", "扩写提示词"),
+    "writing": ("A language model writes the prompt out.", "语言模型正在扩写提示词。"),
+    "written": ("Written out by {by}. Your words were: {original}", "由 {by} 扩写。原提示词：{original}"),
     "seed": ("Seed", "随机种子"),
     "dice": ("🎲 New seed", "🎲 换种子"),
     # advanced
@@ -119,6 +122,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "spread": ("all of it", "均匀取帧"),
     "trim": ("its beginning", "截取开头"),
     "resample": ("its beginning at the frame rate below", "按下方帧率取开头"),
+    "all": ("every frame, in overlapping passes", "全部帧（分段重叠生成）"),
     "fps": ("Frames per second (empty: real speed)", "帧率（留空：原速）"),
     "steps": ("Steps", "步数"),
     "shift": ("Shift of the noise levels", "噪声偏移"),
@@ -139,7 +143,6 @@ TEXTS: dict[str, tuple[str, str]] = {
     "waiting": ("{n} before you in the queue", "队列中前面还有 {n} 个"),
     "next": ("Your turn comes next", "即将开始"),
     "preparing": ("Preparing the inputs", "正在准备输入"),
-    "running": ("{stage}", "{stage}"),
     "stage_encode text": ("Reading the prompt", "编码文本"),
     "stage_encode condition": ("Looking at the inputs", "编码输入"),
     "stage_sample": ("Step {step} of {steps}", "第 {step} / {steps} 步"),
@@ -154,7 +157,6 @@ TEXTS: dict[str, tuple[str, str]] = {
     "failed": ("It did not work: {message}", "未能完成：{message}"),
     "busy": ("A video of yours is on its way: wait for it, or cancel it.", "您有一个视频正在生成：请等待或取消。"),
     "nothing": ("Nothing is running.", "没有正在进行的任务。"),
-    "changes": ("The inputs have changed: look again.", "输入已更改，请重新查看。"),
     # results
     "tab_result": ("Result", "结果"),
     "tab_look": ("What the model sees", "模型输入"),
@@ -177,9 +179,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "rough": (" (rough, until a first video has been timed)", "（粗略估计，首个视频完成后更准确）"),
     "seconds": ("{n} s", "{n} 秒"),
     "minutes": ("{n} min", "{n} 分钟"),
-    "no_example": ("There is no example for this task here.", "此任务没有示例。"),
     "no_result": ("Choose a video of this session first.", "请先选择本次会话的一个视频。"),
-    "gone": ("deleted {hours} hours after your last visit", "将在您最后一次访问 {hours} 小时后删除"),
     "limits": (
         "Files up to {mb} MB, clips up to {seconds} s and {side} pixels a side.",
         "文件不超过 {mb} MB，视频不超过 {seconds} 秒、边长不超过 {side} 像素。",

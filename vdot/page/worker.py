@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vdot.chunks import heaviest
 from vdot.cli import Session, open_session
 from vdot.config import GenerateConfig
 from vdot.entry import enter
@@ -145,7 +146,8 @@ class Worker:
         pipeline = self.session.pipeline
         with self.ranks.agree():
             prepared = replace(prepare(order.request, pipeline.defaults), plan=order.plan)
-            plan = self.session.plan(prepared.condition, order.schedule, self.ranks.mesh.sequence.size)
+            heavy = heaviest(prepared.condition, prepared.chunks)
+            plan = self.session.plan(heavy, order.schedule, self.ranks.mesh.sequence.size)
             self.session.check_fit(plan)
         report = partial(self._step, number, prepared)
         try:
@@ -162,7 +164,7 @@ class Worker:
         if self.ranks.leads:
             self._say("stage", number, "save")
             record = self._write(result, order)
-            self._say("done", number, record, plan.flops)
+            self._say("done", number, record, plan.flops * len(prepared.chunks))
 
     def _write(self, result: VideoResult, order: Order) -> dict[str, Any]:
         parts = [part for part in (order.before, result.frames, order.after) if part is not None]
@@ -203,8 +205,7 @@ class Worker:
         estimate = self.estimate.take(len(prepared.references))
         if self.ranks.rank or estimate is None:
             return
-        seconds = prepared.frame_num / prepared.fps
-        picture = animation(paint(estimate, self.colours), estimate.shape[1] / seconds)
+        picture = animation(paint(estimate, self.colours), prepared.fps / 4)  # a latent frame is four of the video's
         self._say("step", number, step, steps, picture)
 
     def _check(self, number: int) -> None:
