@@ -29,6 +29,7 @@ from vdot.video import read_image, write_image
 
 LOOK = 0.25  # seconds between two looks at an order
 MOST_SEED = 2**31
+AT_ONCE = 2  # inputs that are prepared at the same time: each holds a clip in memory
 
 
 class Writers:
@@ -59,6 +60,7 @@ class Page:
         self.sessions, self.uploads = sessions, uploads
         self.examples = Examples(sessions.root / "examples")
         self.writers = Writers(config)
+        self._room = threading.Semaphore(AT_ONCE)
         self.words = Words()
 
     # -- the look ------------------------------------------------------------------------------------------------
@@ -299,7 +301,7 @@ class Page:
         folder = session.fresh("look")
         try:
             form = await asyncio.to_thread(self._form, session, values)
-            understood = await asyncio.to_thread(understand, form, self.model, folder, self.world)
+            understood = await asyncio.to_thread(self._understand, form, folder)
             yield {
                 **await asyncio.to_thread(self._seen, understood, folder, language),
                 self.words["status"]: show.note(show.estimate(language, understood, self.engine)),
@@ -318,7 +320,7 @@ class Page:
         folder = session.fresh("video")
         try:
             form = await asyncio.to_thread(self._form, session, values)
-            understood = await asyncio.to_thread(understand, form, self.model, folder, self.world)
+            understood = await asyncio.to_thread(self._understand, form, folder)
             seen = await asyncio.to_thread(self._seen, understood, session.fresh("look"), language)
             if session.busy:
                 raise InputError(text(language, "busy"))
@@ -347,7 +349,7 @@ class Page:
                 bar = now
                 yield update
             await asyncio.sleep(LOOK)
-        await asyncio.to_thread(session.kept.wait)
+        await _set(session.kept)
         yield {
             w["generate"]: _update(interactive=True),
             w["cancel"]: _update(interactive=False),
@@ -400,6 +402,10 @@ class Page:
             },
             w["references"]: _update(value=pictures, visible=bool(pictures)),
         }
+
+    def _understand(self, form: Form, folder: Path) -> Understood:
+        with self._room:
+            return understand(form, self.model, folder, self.world, self.config.backend)
 
     # -- from values to a form -----------------------------------------------------------------------------------
 
@@ -474,10 +480,10 @@ class Page:
         }  # fmt: skip
         try:
             form = await asyncio.to_thread(self._form, session, tuple(values[name] for name in FORM))
-            understood = await asyncio.to_thread(understand, form, self.model, session.fresh("video"), self.world)
+            understood = await asyncio.to_thread(self._understand, form, session.fresh("video"))
             ticket = self.engine.submit(understood.order)
             session.follow(ticket)
-            await asyncio.to_thread(session.kept.wait)
+            await _set(session.kept)
         except Exception as error:
             raise gr.Error(say(error, session), print_exception=False) from error
         if ticket.status != "done":
@@ -491,6 +497,12 @@ class Page:
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
+
+
+async def _set(event: threading.Event) -> None:
+    """Wait without a thread: any number of visitors may."""
+    while not event.is_set():
+        await asyncio.sleep(LOOK)
 
 
 def _update(**values: Any) -> Any:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
+from vdot.annotate.backends import parse_backends
 from vdot.cli import GROUPS, Form, parse
 from vdot.config import GenerateConfig
 from vdot.errors import ConfigError
@@ -25,6 +26,7 @@ class PageConfig(GenerateConfig):
     max_references: int = 8
     max_queue: int = 64
     keep_hours: float = 24.0
+    backend: str = "auto"  # of the annotators
 
 
 EXAMPLES = """examples:
@@ -47,6 +49,7 @@ SERVER = {
     "max_side": "largest width or height that is taken, in pixels",
     "max_references": "most reference pictures of a video",
     "max_queue": "most videos that wait; further ones are refused",
+    "backend": "annotators by name, as vace_preprocess.py takes them (default: the best that are there)",
     "keep_hours": "results of a session that nobody has looked at for so long are deleted",
 }
 
@@ -72,6 +75,7 @@ def read_options(argv: Sequence[str], prog: str) -> PageConfig:
     for name in ("max_upload_mb", "max_seconds", "max_side", "max_references", "max_queue", "keep_hours"):
         if not getattr(config, name) > 0:
             raise ConfigError(f"{name} must be positive, got {getattr(config, name)}")
+    parse_backends(config.backend)
     credentials(config.auth)
     return config
 

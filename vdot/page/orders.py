@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from vdot.annotate import Annotated, Material, annotate
+from vdot.annotate import TASKS, Annotated, Material, annotate
+from vdot.annotate.backends import BACKENDS
 from vdot.chunks import heaviest
 from vdot.cli import Session as Model
 from vdot.errors import InputError
@@ -130,13 +131,21 @@ class Clip:
     count: int
     fps: float
     sound: str | None = None
+    backend: str = "auto"  # of the annotators
+
+    def annotate(self, task: str, material: Material) -> Annotated:
+        """The named backends do what they can of this task; one that has no part in it is not asked."""
+        kinds = TASKS[task].kinds
+        able = {backend.name for backend in BACKENDS if backend.kind in kinds}
+        named = [part for part in self.backend.split(",") if part.partition(":")[0].strip() in able]
+        return annotate(task, material, ",".join(named) or "auto")
 
 
-def understand(form: Form, model: Model, folder: Path, world: int = 1) -> Understood:
+def understand(form: Form, model: Model, folder: Path, world: int = 1, backend: str = "auto") -> Understood:
     """``InputError`` or ``MissingDependencyError``: one sentence on what is missing or does not fit."""
     preset = _preset(form)
     defaults = checkpoint_defaults(model.info)
-    clip = _read_clip(form, preset, defaults)
+    clip = replace(_read_clip(form, preset, defaults), backend=backend)
     made, before, after = _make(form, preset, clip)
     schedule = checkpoint_schedule(model.info).override(
         steps=form.steps, shift=form.shift, solver=form.solver, guide_scale=form.guide_scale
@@ -283,24 +292,24 @@ def _from_clip(form: Form, preset: Preset, clip: Clip, pictures: list[np.ndarray
     if "region" in preset.shows:
         material = _with_region(form, clip, material, preset)
     if preset.key == "inpaint":
-        return _with_references(annotate(preset.task, material), form, pictures)
-    return annotate(preset.task, replace(material, images=pictures) if pictures else material)
+        return _with_references(clip.annotate(preset.task, material), form, clip, pictures)
+    return clip.annotate(preset.task, replace(material, images=pictures) if pictures else material)
 
 
 def _prepared(form: Form, clip: Clip, material: Material, pictures: list[np.ndarray]) -> Annotated:
     """The clip as it is, with what is hidden or shown in the region that changes."""
-    white = annotate("inpainting", _with_region(form, clip, material, PRESETS["inpaint"]))
-    plain = annotate("plain", Material(video=clip.frames, fps=clip.fps))
-    return _with_references(replace(plain, src_mask=white.src_mask, backends=white.backends), form, pictures)
+    white = clip.annotate("inpainting", _with_region(form, clip, material, PRESETS["inpaint"]))
+    plain = clip.annotate("plain", Material(video=clip.frames, fps=clip.fps))
+    return _with_references(replace(plain, src_mask=white.src_mask, backends=white.backends), form, clip, pictures)
 
 
-def _references(form: Form, pictures: Sequence[np.ndarray]) -> Annotated:
+def _references(form: Form, clip: Clip, pictures: Sequence[np.ndarray]) -> Annotated:
     mode = "salient" if form.cut_out else "plain"
-    return annotate("reference_anything", Material(images=pictures, mode=mode))
+    return clip.annotate("reference_anything", Material(images=pictures, mode=mode))
 
 
-def _with_references(made: Annotated, form: Form, pictures: Sequence[np.ndarray]) -> Annotated:
-    return replace(made, references=_references(form, pictures).references) if pictures else made
+def _with_references(made: Annotated, form: Form, clip: Clip, pictures: Sequence[np.ndarray]) -> Annotated:
+    return replace(made, references=_references(form, clip, pictures).references) if pictures else made
 
 
 def _control(form: Form, preset: Preset, clip: Clip, pictures: Sequence[np.ndarray]) -> Annotated:
@@ -311,18 +320,18 @@ def _control(form: Form, preset: Preset, clip: Clip, pictures: Sequence[np.ndarr
             raise InputError("this needs boxes: left,top,right,bottom in percent, one a line")
         white = np.full((clip.count, clip.height, clip.width, 3), 255, np.uint8)
         boxes = parse_boxes(form.boxes, clip.height, clip.width)
-        return annotate("layout_bbox", Material(video=white, bbox=boxes, fps=clip.fps))
+        return clip.annotate("layout_bbox", Material(video=white, bbox=boxes, fps=clip.fps))
     if clip.frames is None:
         raise InputError("this needs a clip: drop one, or load the example")
-    made = annotate("plain" if form.ready else task, Material(video=clip.frames, fps=clip.fps))
-    return _with_references(made, form, pictures)
+    made = clip.annotate("plain" if form.ready else task, Material(video=clip.frames, fps=clip.fps))
+    return _with_references(made, form, clip, pictures)
 
 
 def _from_pictures(form: Form, preset: Preset, clip: Clip, pictures: list[np.ndarray]) -> Annotated:
     if preset.key == "t2v":
         return Annotated("t2v", fps=clip.fps)
     if preset.key == "r2v":
-        return _references(form, pictures)
+        return _references(form, clip, pictures)
     first = fit_frames(pictures[0][None], clip.height, clip.width)[0]
     unknown = clip.count - 1
     if unknown < 1:
@@ -331,7 +340,7 @@ def _from_pictures(form: Form, preset: Preset, clip: Clip, pictures: list[np.nda
         boxes = parse_boxes(form.boxes, clip.height, clip.width)
         if len(boxes) < 2:
             raise InputError("a thing moves from a first box to a second one: give two lines of boxes")
-        return annotate("move_anything", Material(images=[first], bbox=boxes, expand_num=unknown, fps=clip.fps))
+        return clip.annotate("move_anything", Material(images=[first], bbox=boxes, expand_num=unknown, fps=clip.fps))
     if preset.key == "expand":
         mode = "firstframe," + ("salient" if form.cut_out else "plain")
         material = Material(
@@ -342,13 +351,13 @@ def _from_pictures(form: Form, preset: Preset, clip: Clip, pictures: list[np.nda
             fps=clip.fps,
             mode=mode,
         )
-        return annotate("expand_anything", material)
+        return clip.annotate("expand_anything", material)
     if len(pictures) > 2:
         raise InputError("at most two pictures: the first frame, and the last one if you like")
     last = [fit_frames(picture[None], clip.height, clip.width)[0] for picture in pictures[1:]]
     mode = "firstlastframe" if last else "firstframe"
     material = Material(images=[first, *last], mode=mode, expand_num=unknown - len(last), fps=clip.fps)
-    return annotate("frameref", material)
+    return clip.annotate("frameref", material)
 
 
 def _extend(form: Form, clip: Clip) -> Made:
@@ -358,11 +367,11 @@ def _extend(form: Form, clip: Clip) -> Made:
     unknown = clip.count - keep
     if form.end == "after":
         material = Material(video=clip.frames[-keep:], mode="firstclip", expand_num=unknown, fps=clip.fps)
-        return annotate("clipref", material), clip.frames[:-keep], None
+        return clip.annotate("clipref", material), clip.frames[:-keep], None
     if form.end != "before":
         raise InputError(f"a clip grows after its end or before its beginning, not {form.end!r}")
     material = Material(video=clip.frames[:keep], mode="lastclip", expand_num=unknown, fps=clip.fps)
-    return annotate("clipref", material), None, clip.frames[keep:]
+    return clip.annotate("clipref", material), None, clip.frames[keep:]
 
 
 def _with_region(form: Form, clip: Clip, material: Material, preset: Preset) -> Material:
