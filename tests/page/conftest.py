@@ -101,7 +101,8 @@ def page(tmp_path_factory, chat) -> Iterator[Served]:
     """One page for the quick tests: small limits, a password, small videos, somebody who writes prompts out."""
     folder = tmp_path_factory.mktemp("page")
     limits = ("--max_upload_mb", "1", "--max_seconds", "4", "--max_side", "512", "--auth", ":".join(LOGIN))
-    with serving(folder, *limits, "--prompt_url", chat, "--prompt_model", "writer", "size=64*64") as served:
+    writer = ("--use_prompt_extend", "wan_en", "--prompt_url", chat, "--prompt_model", "writer")
+    with serving(folder, *limits, *writer, "size=64*64") as served:
         yield served
 
 

@@ -43,7 +43,8 @@ class Writers:
     def extend(self, prompt: str, language: str) -> Extended:
         """``ConfigError`` where the page was started without a model, ``ServiceError`` where it gives no answer."""
         c = self.config
-        mode = c.use_prompt_extend if c.use_prompt_extend != "plain" else "wan_zh" if language == "zh" else "wan_en"
+        hosted = "_ds" if c.use_prompt_extend.endswith("_ds") else ""
+        mode = ("wan_zh" if language == "zh" else "wan_en") + hosted  # in the language of the page
         with self._lock:
             if mode not in self._writers:  # on the host: the device is the worker's
                 self._writers[mode] = find_writer(mode, c.prompt_model, c.prompt_url, c.prompt_timeout, keep=True)
