@@ -40,7 +40,7 @@ class FakeCrew:
 
     def _work(self, pipe: Any) -> None:
         if self.starts == "fatal":
-            return pipe.send(("fatal", "the checkpoint is gone", 2))
+            return pipe.send(("fatal", "the checkpoint is gone", 2, True))
         if self.starts == "ready":
             pipe.send(("ready", 1e9))
         try:
@@ -71,7 +71,7 @@ class FakeCrew:
     def outdated(self) -> bool:
         return False
 
-    def end(self, said: str | None = None) -> str:
+    def end(self, said: str | None = None, known: bool = True) -> str:
         self.generation += 1
         return said or "the process that generates was killed"
 

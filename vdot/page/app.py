@@ -18,37 +18,30 @@ from vdot.page.engine import Engine, Ticket
 from vdot.page.examples import Examples
 from vdot.page.form import FORM, Words, build_inputs, build_outputs, language_choices, preset_words, shown
 from vdot.page.options import PageConfig
-from vdot.page.orders import Form, Understood, first_frame, parse_boxes, understand
+from vdot.page.orders import Form, Understood, first_frame, understand
+from vdot.page.parts import (
+    LOOK,
+    Writers,
+    clean,
+    gallery_items,
+    number,
+    painted,
+    picture_paths,
+    result_updates,
+    say,
+    until_set,
+    update,
+    whole,
+    with_boxes,
+)
 from vdot.page.presets import PRESETS
 from vdot.page.results import Result, Session, Sessions
 from vdot.page.texts import preferred, text
 from vdot.page.uploads import Uploads, display_name
-from vdot.prompts import Extended, extend_prompt, find_writer
-from vdot.runtime import log
-from vdot.video import read_image, write_image
+from vdot.video import read_image
 
-LOOK = 0.25  # seconds between two looks at an order
 MOST_SEED = 2**31
 AT_ONCE = 2  # inputs that are prepared at the same time: each holds a clip in memory
-
-
-class Writers:
-    """Language models that write prompts out, as the command line found them; one prompt at a time."""
-
-    def __init__(self, config: PageConfig) -> None:
-        self.config = config
-        self._lock = threading.Lock()
-        self._writers: dict[str, Any] = {}
-
-    def extend(self, prompt: str, language: str) -> Extended:
-        """``ConfigError`` where the page was started without a model, ``ServiceError`` where it gives no answer."""
-        c = self.config
-        hosted = "_ds" if c.use_prompt_extend.endswith("_ds") else ""
-        mode = ("wan_zh" if language == "zh" else "wan_en") + hosted  # in the language of the page
-        with self._lock:
-            if mode not in self._writers:  # on the host: the device is the worker's
-                self._writers[mode] = find_writer(mode, c.prompt_model, c.prompt_url, c.prompt_timeout, keep=True)
-            return extend_prompt(prompt, mode, self._writers[mode])
 
 
 class Page:
@@ -75,7 +68,7 @@ class Page:
             words.components["token"] = gr.BrowserState("", storage_key="vdot-session", secret="vdot")
             words.components["chosen"] = gr.State(-1)
             words.components["corner"] = gr.State(None)
-            with gr.Row():
+            with gr.Row(elem_classes="vdot-top"):
                 words.add("head", gr.HTML, {}, value=show.head("en", self._about()), min_width=300)
                 with gr.Column(min_width=200, scale=0, elem_classes="vdot-corner"):
                     words.add("language", gr.Radio, {"label": "language"}, choices=language_choices(), value="en")
@@ -182,8 +175,8 @@ class Page:
         """After a reload: follow what is still being made, or wait until something can be."""
         session = self.sessions.open(token)
         if session.busy and session.ticket is not None:
-            async for update in self._follow(session, session.ticket, language):
-                yield update
+            async for change in self._follow(session, session.ticket, language):
+                yield change
             return
         while not self.engine.ready.is_set() and self.engine.broken is None and not session.busy:
             await asyncio.sleep(LOOK)
@@ -202,7 +195,7 @@ class Page:
         visible = shown(PRESETS[preset], region)
         return {
             self.words["about"]: preset_words(preset, language),
-            **{self.words[name]: _update(visible=on) for name, on in visible.items()},
+            **{self.words[name]: update(visible=on) for name, on in visible.items()},
         }
 
     # -- filling in ----------------------------------------------------------------------------------------------
@@ -306,7 +299,7 @@ class Page:
             yield {
                 **await asyncio.to_thread(self._seen, understood, folder, language),
                 self.words["status"]: show.note(show.estimate(language, understood, self.engine)),
-                self.words["tabs"]: _update(selected="look"),
+                self.words["tabs"]: update(selected="look"),
             }
         except Exception as error:
             shutil.rmtree(folder, ignore_errors=True)
@@ -332,29 +325,29 @@ class Page:
             return
         session.follow(ticket)
         yield seen
-        async for update in self._follow(session, ticket, language):
-            yield update
+        async for change in self._follow(session, ticket, language):
+            yield change
 
     async def _follow(self, session: Session, ticket: Ticket, language: str) -> AsyncIterator[dict[Any, Any]]:
         """Progress until the end, then the result."""
         w = self.words
-        yield {w["generate"]: _update(interactive=False), w["cancel"]: _update(interactive=True)}
+        yield {w["generate"]: update(interactive=False), w["cancel"]: update(interactive=True)}
         bar, picture = "", None
         while not ticket.over:
             now = show.progress(language, ticket, self.engine.position(ticket), self.engine.ready.is_set())
-            update = {w["status"]: now} if now != bar else {}
+            change = {w["status"]: now} if now != bar else {}
             if ticket.preview is not picture and ticket.preview is not None:
                 picture = ticket.preview
-                update[w["emerging"]] = _update(value=show.emerging(language, picture), visible=True)
-            if update:
+                change[w["emerging"]] = update(value=show.emerging(language, picture), visible=True)
+            if change:
                 bar = now
-                yield update
+                yield change
             await asyncio.sleep(LOOK)
-        await _set(session.kept)
+        await until_set(session.kept)
         yield {
-            w["generate"]: _update(interactive=True),
-            w["cancel"]: _update(interactive=False),
-            w["emerging"]: _update(value="", visible=False),
+            w["generate"]: update(interactive=True),
+            w["cancel"]: update(interactive=False),
+            w["emerging"]: update(value="", visible=False),
             **self._ended(session, ticket, language),
         }
 
@@ -398,10 +391,10 @@ class Page:
         return {
             w["plan"]: show.plan(language, understood, self.engine),
             **{
-                w[name]: _update(value=None if seen[key] is None else str(seen[key]), visible=seen[key] is not None)
+                w[name]: update(value=None if seen[key] is None else str(seen[key]), visible=seen[key] is not None)
                 for name, key in (("source", "source"), ("overlay", "overlay"), ("mask_seen", "mask"))
             },
-            w["references"]: _update(value=pictures, visible=bool(pictures)),
+            w["references"]: update(value=pictures, visible=bool(pictures)),
         }
 
     def _understand(self, form: Form, folder: Path) -> Understood:
@@ -446,21 +439,21 @@ class Page:
             track=bool(v["track"]),
             boxes=(v["boxes"] or "") if visible["boxes"] else "",
             sides=tuple(v["sides"] or ()),
-            ratio=_number(v["ratio"], "the share by which the picture grows"),
+            ratio=number(v["ratio"], "the share by which the picture grows"),
             end=v["end"],
-            keep=int(_number(v["keep"], "the frames to go on from")),
+            keep=int(number(v["keep"], "the frames to go on from")),
             size=(v["size"] or "").strip(),
-            frame_num=_whole(v["frame_num"], "frames"),
+            frame_num=whole(v["frame_num"], "frames"),
             frame_mode=v["frame_mode"],
             fps=v["fps"] or None,
-            steps=_whole(v["steps"], "steps"),
+            steps=whole(v["steps"], "steps"),
             shift=v["shift"],
             solver=v["solver"],
             guide_scale=v["guide_scale"],
-            context_scale=_number(v["context_scale"], "the strength"),
+            context_scale=number(v["context_scale"], "the strength"),
             keep_source=bool(v["keep_source"]),
-            feather=_number(v["feather"], "the feather"),
-            seed=_whole(v["seed"], "the seed") or 0,
+            feather=number(v["feather"], "the feather"),
+            seed=whole(v["seed"], "the seed") or 0,
         )
 
     # -- for programs --------------------------------------------------------------------------------------------
@@ -484,7 +477,7 @@ class Page:
             understood = await asyncio.to_thread(self._understand, form, session.fresh("video"))
             ticket = self.engine.submit(understood.order)
             session.follow(ticket)
-            await _set(session.kept)
+            await until_set(session.kept)
         except Exception as error:
             raise gr.Error(say(error, session), print_exception=False) from error
         if ticket.status != "done":
@@ -495,105 +488,3 @@ class Page:
     def api_presets(self) -> dict[str, list[str]]:
         """What can be made, and which inputs each needs."""
         return {key: list(preset.needs) for key, preset in PRESETS.items()}
-
-
-# --- parts -----------------------------------------------------------------------------------------------------------
-
-
-async def _set(event: threading.Event) -> None:
-    """Wait without a thread: any number of visitors may."""
-    while not event.is_set():
-        await asyncio.sleep(LOOK)
-
-
-def _update(**values: Any) -> Any:
-    import gradio as gr
-
-    return gr.update(**values)
-
-
-def _number(value: Any, name: str) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise InputError(f"{name} must be a number")
-    return float(value)
-
-
-def _whole(value: Any, name: str) -> int | None:
-    if value is None or value == "":
-        return None
-    number = _number(value, name)
-    if number != int(number):
-        raise InputError(f"{name} must be a whole number, got {number:g}")
-    return int(number)
-
-
-def say(error: Exception, session: Session) -> str:
-    """The sentence for the user. What is a bug of ours is logged in full."""
-    if isinstance(error, VdotError):
-        return clean(error, session)
-    log.error("unexpected error", exc_info=error)
-    return f"unexpected {type(error).__name__}; the page's log has the details"
-
-
-def clean(error: Exception, session: Session) -> str:
-    """The message with files under the names that the user knows, and no folder of ours."""
-    message = one_line(error)
-    for stored, name in session.names.items():
-        message = message.replace(stored, name)
-    return message.replace(f"{session.folder}/", "")
-
-
-def picture_paths(value: Any) -> list[str]:
-    """A gallery's pictures."""
-    return [item[0] if isinstance(item, tuple | list) else item for item in value or ()]
-
-
-def painted(canvas: Any, session: Session) -> str | None:
-    """The strokes of the editor as a mask picture in the session's folder; None where nothing is painted."""
-    layers = [np.asarray(layer) for layer in (canvas or {}).get("layers") or () if layer is not None]
-    strokes = [layer[..., 3] > 0 for layer in layers if layer.ndim == 3 and layer.shape[-1] == 4]
-    if not strokes or not any(stroke.any() for stroke in strokes):
-        return None
-    mask = np.logical_or.reduce(strokes)
-    path = session.uploads / f"painted_{secrets.token_hex(4)}.png"
-    write_image(path, np.where(mask, 255, 0).astype(np.uint8))
-    return str(path)
-
-
-def with_boxes(frame: np.ndarray, boxes: str) -> np.ndarray:
-    import cv2
-
-    out = frame.copy()
-    height, width = out.shape[:2]
-    try:
-        for left, top, right, bottom in parse_boxes(boxes or "", height, width):
-            cv2.rectangle(out, (round(left), round(top)), (round(right) - 1, round(bottom) - 1), (255, 45, 45), 2)
-    except InputError:
-        return out  # half-typed: said when it is used
-    return out
-
-
-def gallery_items(session: Session) -> list[tuple[str, str]]:
-    """Newest first, each with the start of its prompt."""
-    items = []
-    for result in reversed(session.results):
-        prompt = str(result.settings.get("prompt", ""))
-        items.append((str(result.thumbnail), f"{prompt[:60]} · {result.facts['size']} · {result.facts['seed']}"))
-    return items
-
-
-def result_updates(result: Result) -> tuple[Any, ...]:
-    """Of result, side, download, reuse, extend_this, settings, tabs."""
-    side, video = result.side_by_side, str(result.video)
-    usual = Form().settings()
-    told = {key: value for key, value in result.settings.items() if key == "seed" or value != usual[key]}
-    settings = {key: value for key, value in told.items() if key not in ("clip", "mask", "painted", "pictures")}
-    return (
-        video,
-        _update(value=None if side is None else str(side), visible=side is not None),
-        _update(value=video, interactive=True),
-        _update(interactive=True),
-        _update(interactive=True),
-        _update(value=settings | result.facts, visible=True),
-        _update(selected="result"),
-    )

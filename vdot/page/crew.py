@@ -45,39 +45,50 @@ class Crew:
         """Whether another rank has gone on to a later generation."""
         return self.board is not None and self.board.read(f"begun/{self.generation + 1}") is not None
 
-    def end(self, said: str | None = None) -> str:
-        """Make sure that this generation is over, here and elsewhere; why it is."""
+    def end(self, said: str | None = None, known: bool = True) -> str:
+        """Make sure that this generation is over, here and elsewhere; why it is.
+
+        ``said`` is what the child gave as its reason; unless ``known`` it may be the echo of another rank's death.
+        """
         if self.board is not None:
             self.board.write(f"begun/{self.generation + 1}", "1")
         with suppress(OSError):
             self.pipe.close()
+        if said is not None and not known:
+            self._note("echo", said)
         self.process.join(WHY)
         if self.process.is_alive():
             self.process.kill()
             self.process.join()
         code = self.process.exitcode or 0
-        own = said or (self._killed(-code) if code < 0 else None)
-        why = self._agree_why(own) or f"the process that generates ended with code {code}"
+        own = said if known else None
+        if own is None and code < 0:
+            own = self._killed(-code)
+        if own is not None:
+            self._note("why", own)
+        why = self._reason() or own or said or f"the process that generates ended with code {code}"
         self.generation += 1
         return why
+
+    def _note(self, kind: str, words: str) -> None:
+        """For all ranks; the first one's stands."""
+        if self.board is not None and self.board.count(f"{kind}/count/{self.generation}") == 1:
+            self.board.write(f"{kind}/{self.generation}", words)
+
+    def _reason(self) -> str | None:
+        """What is known of the end of this generation on any rank, else the first that was said."""
+        if self.board is None:
+            return None
+        until = time.monotonic() + (WHY if self.launch.rank == 0 else 0)
+        while (why := self.board.read(f"why/{self.generation}")) is None and time.monotonic() < until:
+            time.sleep(LOOK)
+        return why or self.board.read(f"echo/{self.generation}")
 
     def _killed(self, number: int) -> str | None:
         if number == signal.SIGTERM:  # by us or by the launcher
             return None
         reason = ", perhaps for want of host memory" if number == signal.SIGKILL else ""
         return f"the process that generates (rank {self.launch.rank}) was killed by signal {number}{reason}"
-
-    def _agree_why(self, own: str | None) -> str | None:
-        """The first reason that a rank gave."""
-        if self.board is None:
-            return own
-        key = f"why/{self.generation}"
-        if own is not None and self.board.count(f"reasons/{self.generation}") == 1:
-            self.board.write(key, own)
-        until = time.monotonic() + WHY
-        while (why := self.board.read(key)) is None and time.monotonic() < until and self.launch.rank == 0:
-            time.sleep(LOOK)
-        return why
 
     def finish(self) -> None:
         """The page is over: the other ranks need not begin again."""
@@ -99,23 +110,23 @@ def attend(config: PageConfig, launch: Launch) -> int:
     crew = Crew(config, launch)
     while not crew.finished:
         crew.start()
-        said: str | None = None
+        event: tuple[str, bool] | None = None
         while crew.process.is_alive() and not crew.outdated() and not crew.finished:
-            said = _hear(crew.pipe) or said
-        said = _hear(crew.pipe) or said
+            event = _hear(crew.pipe) or event
+        event = _hear(crew.pipe) or event
         if crew.finished:
             break
-        log.error("rank %d: %s", launch.rank, crew.end(said))
+        log.error("rank %d: %s", launch.rank, crew.end(*event or ()))
     crew.finish()
     return 0
 
 
-def _hear(pipe: Any) -> str | None:
-    """The message of a child that has failed."""
+def _hear(pipe: Any) -> tuple[str, bool] | None:
+    """What a child that has failed gives as its reason, and whether it is sure."""
     try:
         if pipe.poll(LOOK):
             event = pipe.recv()
-            return str(event[1]) if event[0] == "fatal" else None
+            return (str(event[1]), bool(event[3])) if event[0] == "fatal" else None
     except (EOFError, OSError):
         time.sleep(LOOK)
     return None

@@ -117,11 +117,11 @@ class Engine:
         failures = 0
         while not self._closing:
             self.crew.start()
-            was_ready, said = self._talk()
+            was_ready, said, known = self._talk()
             self.ready.clear()
             if self._closing:
                 return
-            why = self.crew.end(said)
+            why = self.crew.end(said, known)
             failures = 0 if was_ready else failures + 1
             self.restarts += 1
             log.error("%s; starting again", why)
@@ -130,8 +130,8 @@ class Engine:
                 self._give_up(why)
                 return
 
-    def _talk(self) -> tuple[bool, str | None]:
-        """Serve with one worker until it ends: whether it was ever ready, and what it said of its end."""
+    def _talk(self) -> tuple[bool, str | None, bool]:
+        """Serve with one worker until it ends: whether it was ever ready, what it said of its end, if it was sure."""
         was_ready = False
         try:
             while not self._closing:
@@ -149,12 +149,12 @@ class Engine:
                     self.ready.set()
                 elif event[0] == "fatal":
                     self.exit_code = event[2]
-                    return was_ready, event[1]
+                    return was_ready, event[1], event[3]
                 else:
                     self._hear(*event)
         except (EOFError, OSError):
             pass
-        return was_ready, None
+        return was_ready, None, True
 
     def _next(self) -> None:
         with self._change:

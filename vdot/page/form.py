@@ -85,7 +85,7 @@ def build_inputs(words: Words, first: Any, info: Any) -> None:
     add("keep", gr.Slider, {"label": "keep"}, minimum=1, maximum=most, value=min(5, most), step=4, visible=False)
     add("prompt", gr.Textbox, {"label": "prompt", "placeholder": "prompt_hint"}, lines=3, max_length=5000)
     add("write_out", gr.Button, {"value": "write_out"}, size="sm")
-    with gr.Row(equal_height=True):
+    with gr.Row():
         add("seed", gr.Number, {"label": "seed"}, value=max(first.base_seed, 0), precision=0, minimum=0, min_width=120)
         add("dice", gr.Button, {"value": "dice"}, min_width=100, size="sm")
     _advanced(words, first, info)

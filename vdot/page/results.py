@@ -95,6 +95,7 @@ class Session:
             ticket.message = f"the result could not be kept: {type(error).__name__}"
         finally:
             self.touched = time.time()
+            ticket.order = ticket.order.told()  # pixels are on the disk now
             self.kept.set()
 
 

@@ -23,6 +23,8 @@ CSS = """
 :focus-visible { outline: 3px solid var(--color-accent); outline-offset: 2px; }
 @media (max-width: 640px) {
   .gradio-container { padding: 6px !important; }
+  .vdot-top { flex-direction: column; }
+  #vdot-tabs button { padding: 4px 8px; font-size: .85em; }
   #vdot-preset label { padding: 4px 7px; font-size: .85em; }
   .vdot-actions button { flex: 1 1 30%; }
 }

@@ -54,6 +54,11 @@ class Order:
     before: np.ndarray | None = None  # uint8 [T, H, W, 3] that the result continues, and so on the other side
     after: np.ndarray | None = None
 
+    def told(self) -> "Order":
+        """Without pixels."""
+        request = replace(self.request, src_video=None, src_mask=None, src_ref_images=None)
+        return replace(self, request=request, original=None, before=None, after=None)
+
 
 class Cancelled(Exception):
     """The user does not want it any more; every rank raises it at the same step."""
@@ -73,9 +78,9 @@ def _serve(pipe: Any, config: PageConfig, ranks: Ranks) -> int:
             pass
         return 0
     except BaseException as error:
-        # What was said on this rank is what the page shows; the others learn of it through their watchdogs.
-        message = one_line(error) if isinstance(error, VdotError) else f"{type(error).__name__}: {one_line(error)}"
-        pipe.send(("fatal", message, getattr(error, "exit_code", 1)))
+        known = isinstance(error, VdotError)  # anything else may be the echo of another rank's death
+        message = one_line(error) if known else f"{type(error).__name__}: {one_line(error)}"
+        pipe.send(("fatal", message, getattr(error, "exit_code", 1), known))
         raise
 
 
