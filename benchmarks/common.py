@@ -78,10 +78,10 @@ def randomise(module: nn.Module, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, p in module.named_parameters():
         noise = torch.randn(p.shape, generator=generator)
-        if p.ndim >= 2 and "modulation" not in name:
+        if p.ndim >= 2 and not name.endswith(("modulation", "gamma")):
             p.data = noise / math.sqrt(p[0].numel())
         else:
-            p.data = 1 + 0.1 * noise if "norm" in name else 0.1 * noise
+            p.data = 1 + 0.1 * noise if "norm" in name or name.endswith("gamma") else 0.1 * noise
 
 
 def cast(module: nn.Module, dtype: torch.dtype, islands: Sequence[str]) -> nn.Module:
