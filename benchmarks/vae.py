@@ -185,9 +185,9 @@ class Case:
         """The same weights in every type."""
         with torch.device("meta"):
             model = AutoencoderKLWan(base_dim=self.base_dim)
-        model.to_empty(device="cpu")
+        model.to_empty(device=self.device)
         randomise(model)
-        return model.to(self.device, dtype).eval().requires_grad_(False)
+        return model.to(dtype).eval().requires_grad_(False)
 
     def clip(self, frames: int, height: int | None = None, width: int | None = None) -> Tensor:
         """Smooth in space and time, [-1, 1]."""
