@@ -53,7 +53,9 @@ from vdot.runtime import log, pick_dtype
 from vdot.video import to_model
 from vdot.video.output import remove_leftovers
 
-SHARD_BYTES = 512 << 20  # a shard is closed at this size, or at SHARD_ROWS: a killed run loses no more than one
+SHARD_BYTES = (
+    512 << 20
+)  # a shard is closed at this size, or at SHARD_ROWS (more of small ones): a killed run loses one at most
 SHARD_ROWS = 64
 ENCODERS = ("text_encoder", "vae")
 TOGETHER = 64  # small clips in one forward pass of the autoencoder
@@ -440,7 +442,7 @@ class TableEncoder:
         waiting = deque(todo.items())
         begun: deque[tuple[str, Entry, Future[Pixels | Exception]]] = deque()
         while waiting or begun:
-            while waiting and len(begun) <= self._ahead + self.reader.together:
+            while waiting and len(begun) <= self._ahead + 2 * self.reader.together:
                 key, entry = waiting.popleft()
                 begun.append((key, entry, self._threads.submit(read, entry)))
             key, entry, future = begun.popleft()
@@ -489,8 +491,9 @@ def encode_rows(
 
     Each rank works for itself (``vdot.parallel.launch.arrange`` with 1 and 1). The first one gets the summary.
     """
+    most = max(SHARD_ROWS, 8 * reader.together)
     # Small enough that the ranks end at about the same time.
-    chunk = SHARD_ROWS if ranks.world == 1 else max(1, min(SHARD_ROWS, len(entries) // (4 * ranks.world)))
+    chunk = most if ranks.world == 1 else max(1, min(most, len(entries) // (4 * ranks.world)))
     chunks = [entries[i : i + chunk] for i in range(0, len(entries), chunk)]
     queue = Queue(ranks, len(chunks))
     # Chunks are handed out in order: the number of the last one is how far all ranks have come.
