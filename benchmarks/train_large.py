@@ -226,6 +226,7 @@ def main() -> None:
     networks.load_dit = partial(random_dit, config=dit)
     memory = plan_memory(config, dit, source.shapes[1].latent, 1)
     print(f"plan in {time.perf_counter() - began:.1f} s", flush=True)
+    torch.set_float32_matmul_precision("high" if config.parallel.tf32 else "highest")  # as training/train.py does
     ranks = Ranks()
     arrange(ranks, device, config.parallel.ulysses_size, config.parallel.ring_size)
     objective = Distill(config, ranks, device, source)
