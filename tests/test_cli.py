@@ -388,7 +388,7 @@ def test_half_of_a_launchers_environment_is_refused_plainly(cli, quick, tmp_path
 
 def test_what_can_never_fit_is_refused_before_loading(cli, quick, tmp_path, monkeypatch):
     monkeypatch.setattr(vdot.cli, "total_memory", lambda device: 2**20)
-    refuse(cli, tmp_path / "out", quick, "--prompt", "x", *SMALL, words="use a smaller --size or --frame_num")
+    refuse(cli, tmp_path / "out", quick, "--prompt", "x", *SMALL, words="use a smaller --size, --frame_num or --chunk_frames")
 
 
 def test_running_out_of_memory_is_explained(cli, tmp_path, monkeypatch):

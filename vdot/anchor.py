@@ -20,7 +20,7 @@ ALIKE = 24.0  # grey levels in any channel between two colours of what may be th
 SMALL, REACH = 64, 16  # longer side of the pictures in which a camera's way is looked for, and how far it may be
 OTHER_SCENE, SAME_SCENE = 0.25, 0.5  # share of places that look alike: up to here none of it is drift, from here on all
 RECENT = 4  # last frames of the overlap that say how to go on from it
-ENOUGH_KNOWN = 0.05  # of the new pixels: then these, not the first chunk, say what the colours should be
+ENOUGH_KNOWN = 0.05  # of the later new pixels: then these, not the first chunk, say what the colours should be
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,12 @@ def _power(symmetric: np.ndarray, exponent: float) -> np.ndarray:
     return (vectors * values.clip(1e-9) ** exponent) @ vectors.T
 
 
+def _by_pairs(made: np.ndarray, known: np.ndarray, where: np.ndarray) -> ColourMap:
+    """From what was made of known pixels, uint8 ``[T, H, W, 3]``, to what they are."""
+    chosen = sampled(where)
+    return transport(moments(sampled(made)[chosen]), moments(sampled(known)[chosen]), SEAM_GAIN, SEAM_SHIFT)
+
+
 class ColourAnchor:
     """Remembers the first chunk's colours and holds later ones to them."""
 
@@ -102,16 +108,16 @@ class ColourAnchor:
     def hold(self, decoded: np.ndarray, known: np.ndarray, where: np.ndarray, overlap: int) -> np.ndarray:
         """The new frames of a later chunk, those after the first ``overlap``, with corrected colours.
 
-        ``decoded`` and ``known`` are uint8 ``[T, H, W, 3]``, ``where [T, H, W]`` says which pixels are known. The
-        correction begins as the known pixels say, so that nothing jumps at the seam, and ends at the first chunk's
-        colours, where the next chunk goes on.
+        ``decoded`` and ``known`` are uint8 ``[T, H, W, 3]``, ``where [T, H, W]`` says which pixels are known, among
+        them all of the overlap. The correction begins as its last frames say, so that nothing jumps at the seam, and
+        ends as what is known of the new frames says, or else at the first chunk's colours: there the next goes on.
         """
-        new, late = decoded[overlap:], slice(max(overlap - RECENT, 0), None)
-        chosen = sampled(where[late])
-        made, shown = (moments(sampled(frames[late])[chosen]) for frames in (decoded, known))
-        seam = end = transport(made, shown, SEAM_GAIN, SEAM_SHIFT)
-        if where[overlap:].mean() < ENOUGH_KNOWN:
-            end = seam.then(self._drift(seam, new[len(new) // 2 :]))
+        new, half = decoded[overlap:], (overlap + len(decoded)) // 2
+        seam = end = _by_pairs(*(a[max(overlap - RECENT, 0) : overlap] for a in (decoded, known, where)))
+        if where[half:].mean() < ENOUGH_KNOWN:
+            end = seam.then(self._drift(seam, decoded[half:]))
+        elif sampled(where[half:]).any():
+            end = _by_pairs(decoded[half:], known[half:], where[half:])
         shares = np.arange(1, len(new) + 1) / len(new)
         return np.concatenate([seam.towards(end, s)(new[i : i + 1]) for i, s in enumerate(shares)])
 
