@@ -15,7 +15,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import vdot.cli
 from tests.conftest import ROOT
 from tests.test_video import make
 from vdot.chunks import Assembly, Chunk, chunk_length, default_overlap, describe_chunks, heaviest, plan_chunks
@@ -29,6 +28,8 @@ from vdot.video import probe, read_frames
 
 LENGTH = 17  # frames of one pass of the small model
 TINY = ROOT / "models" / "vdot-tiny"
+
+pytestmark = pytest.mark.usefixtures("one_memory_plan")
 
 # --- arithmetic ------------------------------------------------------------------------------------------------------
 
@@ -371,28 +372,13 @@ def test_an_assembly_of_one_pass_changes_nothing():
 # --- from the command line -------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_memory_plan():
-    """Let one memory plan do for all runs: test_memory.py counts them."""
-    patch, plans, plan = pytest.MonkeyPatch(), {}, vdot.cli.plan_generation
-    patch.setattr(vdot.cli, "plan_generation", lambda *args: plans.get(0) or plans.setdefault(0, plan(*args)))
-    yield
-    patch.undo()
-
-
-def run(capsys, *args: object) -> tuple[int, str, str]:
-    code = vdot.cli.main([str(a) for a in args])
-    out, err = capsys.readouterr()
-    return code, out, err
-
-
-def test_a_long_source_with_sound_keeps_every_frame_its_rate_and_sound_and_repeats(tmp_path, capsys):
+def test_a_long_source_with_sound_keeps_every_frame_its_rate_and_sound_and_repeats(tmp_path, cli):
     clip = make(tmp_path / "c.mp4", 30, size=(32, 48), fps=10, rate=44100)
     asked = ("--prompt", "x", "--src_video", clip, "--size", "48*32", "--sample_steps", 1, "--frame_mode", "all")
-    code, plan, _ = run(capsys, *asked, "--dry_run", "--chunk_overlap", 9)
+    code, plan, _ = cli(*asked, "--dry_run", "--chunk_overlap", 9)
     words = "chunks 3 passes of 17 frames: 0 to 16, 8 to 24, 16 to 29; each goes on from the last 9 frames"
     assert code == 0 and words in plan and "3 network evaluations" in plan and "in each of the 3 chunks" in plan
-    code, out, err = run(capsys, *asked, "--chunk_overlap", 9, "--save_dir", tmp_path / "a")
+    code, out, err = cli(*asked, "--chunk_overlap", 9, "--save_dir", tmp_path / "a")
     assert (code, err) == (0, "") and out.index(words) < out.index("sample")
     made = probe(tmp_path / "a" / "out_video.mp4")
     assert (made.frames, made.fps, made.has_audio) == (30, 10, True)
@@ -402,7 +388,7 @@ def test_a_long_source_with_sound_keeps_every_frame_its_rate_and_sound_and_repea
         read_frames(tmp_path / "a" / "src_video.mp4", [29]),
         read_frames(tmp_path / "a" / "src_video.mp4", range(30))[-1:],
     )
-    assert run(capsys, "--config", tmp_path / "a" / "run.json", "--save_dir", tmp_path / "b")[0] == 0
+    assert cli("--config", tmp_path / "a" / "run.json", "--save_dir", tmp_path / "b")[0] == 0
     assert (tmp_path / "a" / "out_video.mp4").read_bytes() == (tmp_path / "b" / "out_video.mp4").read_bytes()
 
 
@@ -428,8 +414,8 @@ def test_a_long_source_file_with_a_mask_file_is_the_same_as_their_arrays(tmp_pat
         (("--chunk_frames", "x"), "chunk_frames is 'x', which is not a whole number"),
     ],
 )
-def test_chunks_that_cannot_be_are_refused_before_anything_is_loaded(args, words, tmp_path, capsys):
-    code, _, err = run(capsys, "--prompt", "x", *args, "--save_dir", tmp_path / "a")
+def test_chunks_that_cannot_be_are_refused_before_anything_is_loaded(args, words, tmp_path, cli):
+    code, _, err = cli("--prompt", "x", *args, "--save_dir", tmp_path / "a")
     assert code == 2 and words in err and err.count("\n") == 1 and not (tmp_path / "a").exists()
 
 
