@@ -311,9 +311,9 @@ def worst_seam(frames: np.ndarray, truth: np.ndarray, chunks: tuple[Chunk, ...])
     return float(np.abs(steps[0] - steps[1])[at].max())
 
 
-# What adds up over eight chunks without the anchor, at least, and what is left of it with it, at most (CIE76; measured:
-# 3.9 to 42 and 0.5 to 3.9 for seeds 0 to 4). What is left is mostly the first chunk's own drift, which is the anchor.
-@pytest.mark.parametrize("seed", [0, 1, 4])
+# Over eight chunks 9 to 42 CIE76 add up without the anchor; up to 4.4 are left with it for seeds 0 to 15. What is left
+# is mostly the first chunk's own drift, which is what the others are held to. Seeds 5 and 10 have a moving camera.
+@pytest.mark.parametrize("seed", [0, 1, 5, 10])
 @pytest.mark.parametrize("drift", [too_contrasty, ever_redder, too_saturated])
 def test_drift_adds_up_without_the_anchor_and_not_with_it(drift, seed, film):
     truth = world(seed)
@@ -321,16 +321,16 @@ def test_drift_adds_up_without_the_anchor_and_not_with_it(drift, seed, film):
     free, held = made(chunk_anchor=False), made()
     assert len(made.chunks) == 8
     adrift, anchored = colour_gap(free.frames[tail], truth[tail]), colour_gap(held.frames[tail], truth[tail])
-    assert adrift > 10 and anchored < 5 and anchored < adrift / 4
+    assert adrift > 9 and anchored < 5 and anchored < adrift / 4
     assert colour_gap(held.frames[tail], truth[tail]) < colour_gap(held.frames[:8], truth[:8]) + 3
-    assert worst_seam(held.frames, truth, made.chunks) < 1.5  # grey levels
+    assert worst_seam(held.frames, truth, made.chunks) < 2  # grey levels; inside a chunk it drifts by up to one a frame
     if drift is too_contrasty:  # a step at every seam: this is what the measure is there to see
         assert worst_seam(free.frames, truth, made.chunks) > 2
 
 
-@pytest.mark.parametrize("seed", [1, 3, 5, 8, 10])
+@pytest.mark.parametrize("seed", [1, 3, 5, 8, 10])  # 8 is the worst of 0 to 15
 def test_the_anchor_leaves_a_clip_that_does_not_drift_nearly_alone(seed, film):
-    """Things that grow, cross and leave, and a camera that pans, are no drift: within 1 CIE76 and 2 grey levels."""
+    """Things that grow, cross and leave, and a camera that pans, are no drift: within 1 CIE76 and 1 grey level."""
     truth = world(seed)
     result = film(truth)()
     assert colour_gap(result.frames[-8:], truth[-8:]) < 1
@@ -346,7 +346,7 @@ def test_another_scene_is_not_drawn_back_to_the_first(film):
     assert colour_gap(result.frames[-8:], truth[-8:]) < 3  # of 24; what the first place's correction left behind
 
 
-@pytest.mark.parametrize("seed", [4, 10])  # the second with a moving camera, where nothing else would tell
+@pytest.mark.parametrize("seed", [4, 10])  # the second with a moving camera
 @pytest.mark.parametrize("drift", [too_contrasty, ever_redder])
 def test_kept_pixels_tell_the_colours_of_the_rest(drift, seed, film):
     """An edit of the right half of a clip that is kept on the left: the drift of each frame shows on the left."""
