@@ -124,6 +124,7 @@ def test_the_whole_address_may_be_given_and_a_key_is_not_needed(server):
     "text, prompt",
     [
         ("<think>The user wants\na ball.</think>\n\nA ball.", "A ball."),
+        ("The user wants a ball.</think>A ball.", "A ball."),
         ('"A ball."', "A ball."),
         ("“A ball.”", "A ball."),
         ('"Stop" says the "sign"', '"Stop" says the "sign"'),
@@ -360,6 +361,18 @@ def test_a_local_model_that_ends_by_itself_is_not_cut_and_is_kept_for_tables(fol
     monkeypatch.setattr(vdot.prompts, "NEW_TOKENS", len(new) - 1)
     monkeypatch.setattr(model, "generate", lambda input_ids, **_: torch.cat([input_ids, torch.tensor([new[:-1]])], 1))
     assert writer("do", "a ball") == Answer("blue ball", True)
+
+
+def test_a_local_model_that_does_not_fit_is_a_sentence(folders, monkeypatch):
+    writer = LocalModel(folders["none"], torch.device("cpu"), keep=True)
+    _, model = writer._loaded = writer._load()
+
+    def full(**_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+
+    monkeypatch.setattr(model, "generate", full)
+    with pytest.raises(InputError, match="does not fit on the device"):
+        writer("do", "a ball")
 
 
 def test_folders_that_hold_no_model(folders, tmp_path):
