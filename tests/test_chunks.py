@@ -15,7 +15,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import vdot.cli
 from tests.conftest import ROOT
 from tests.test_video import make
 from vdot.chunks import Assembly, Chunk, chunk_length, default_overlap, describe_chunks, heaviest, plan_chunks
@@ -29,6 +28,8 @@ from vdot.video import probe, read_frames
 
 LENGTH = 17  # frames of one pass of the small model
 TINY = ROOT / "models" / "vdot-tiny"
+
+pytestmark = pytest.mark.usefixtures("one_memory_plan")
 
 # --- arithmetic ------------------------------------------------------------------------------------------------------
 
@@ -310,9 +311,9 @@ def worst_seam(frames: np.ndarray, truth: np.ndarray, chunks: tuple[Chunk, ...])
     return float(np.abs(steps[0] - steps[1])[at].max())
 
 
-# What adds up over eight chunks without the anchor, at least, and what is left of it with it, at most (CIE76; measured:
-# 3.9 to 42 and 0.5 to 3.9 for seeds 0 to 4). What is left is mostly the first chunk's own drift, which is the anchor.
-@pytest.mark.parametrize("seed", [0, 1, 4])
+# Over eight chunks 9 to 42 CIE76 add up without the anchor; up to 4.4 are left with it for seeds 0 to 15. What is left
+# is mostly the first chunk's own drift, which is what the others are held to. Seeds 5 and 10 have a moving camera.
+@pytest.mark.parametrize("seed", [0, 1, 5, 10])
 @pytest.mark.parametrize("drift", [too_contrasty, ever_redder, too_saturated])
 def test_drift_adds_up_without_the_anchor_and_not_with_it(drift, seed, film):
     truth = world(seed)
@@ -320,16 +321,16 @@ def test_drift_adds_up_without_the_anchor_and_not_with_it(drift, seed, film):
     free, held = made(chunk_anchor=False), made()
     assert len(made.chunks) == 8
     adrift, anchored = colour_gap(free.frames[tail], truth[tail]), colour_gap(held.frames[tail], truth[tail])
-    assert adrift > 10 and anchored < 5 and anchored < adrift / 4
+    assert adrift > 9 and anchored < 5 and anchored < adrift / 4
     assert colour_gap(held.frames[tail], truth[tail]) < colour_gap(held.frames[:8], truth[:8]) + 3
-    assert worst_seam(held.frames, truth, made.chunks) < 1.5  # grey levels
+    assert worst_seam(held.frames, truth, made.chunks) < 2  # grey levels; inside a chunk it drifts by up to one a frame
     if drift is too_contrasty:  # a step at every seam: this is what the measure is there to see
         assert worst_seam(free.frames, truth, made.chunks) > 2
 
 
-@pytest.mark.parametrize("seed", [1, 3, 5, 8, 10])
+@pytest.mark.parametrize("seed", [1, 3, 5, 8, 10])  # 8 is the worst of 0 to 15
 def test_the_anchor_leaves_a_clip_that_does_not_drift_nearly_alone(seed, film):
-    """Things that grow, cross and leave, and a camera that pans, are no drift: within 1 CIE76 and 2 grey levels."""
+    """Things that grow, cross and leave, and a camera that pans, are no drift: within 1 CIE76 and 1 grey level."""
     truth = world(seed)
     result = film(truth)()
     assert colour_gap(result.frames[-8:], truth[-8:]) < 1
@@ -345,17 +346,20 @@ def test_another_scene_is_not_drawn_back_to_the_first(film):
     assert colour_gap(result.frames[-8:], truth[-8:]) < 3  # of 24; what the first place's correction left behind
 
 
-def test_kept_pixels_tell_the_colours_of_the_rest(film):
+@pytest.mark.parametrize("seed", [4, 10])  # the second with a moving camera
+@pytest.mark.parametrize("drift", [too_contrasty, ever_redder])
+def test_kept_pixels_tell_the_colours_of_the_rest(drift, seed, film):
     """An edit of the right half of a clip that is kept on the left: the drift of each frame shows on the left."""
-    truth = world(4)
+    truth = world(seed)
     mask = np.zeros(truth.shape[:3], np.uint8)
     mask[:, :, 32:] = 255
+    made = film(truth, drift)
     asked = {"src_video": truth, "src_mask": mask, "size": None, "frame_num": None, "feather": 0.0}
-    held, free = film(truth, too_contrasty)(**asked), film(truth, too_contrasty)(**asked, chunk_anchor=False)
+    held, free = made(**asked), made(**asked, chunk_anchor=False)
     for result in (held, free):
         assert np.array_equal(result.frames[:, :, :32], truth[:, :, :32])
     tail = np.s_[-8:, :, 34:]
-    assert colour_gap(held.frames[tail], truth[tail]) < 2 < colour_gap(free.frames[tail], truth[tail])
+    assert colour_gap(held.frames[tail], truth[tail]) < 2.5 < 4 < colour_gap(free.frames[tail], truth[tail])
 
 
 def test_an_assembly_of_one_pass_changes_nothing():
@@ -368,28 +372,13 @@ def test_an_assembly_of_one_pass_changes_nothing():
 # --- from the command line -------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_memory_plan():
-    """Let one memory plan do for all runs: test_memory.py counts them."""
-    patch, plans, plan = pytest.MonkeyPatch(), {}, vdot.cli.plan_generation
-    patch.setattr(vdot.cli, "plan_generation", lambda *args: plans.get(0) or plans.setdefault(0, plan(*args)))
-    yield
-    patch.undo()
-
-
-def run(capsys, *args: object) -> tuple[int, str, str]:
-    code = vdot.cli.main([str(a) for a in args])
-    out, err = capsys.readouterr()
-    return code, out, err
-
-
-def test_a_long_source_with_sound_keeps_every_frame_its_rate_and_sound_and_repeats(tmp_path, capsys):
+def test_a_long_source_with_sound_keeps_every_frame_its_rate_and_sound_and_repeats(tmp_path, cli):
     clip = make(tmp_path / "c.mp4", 30, size=(32, 48), fps=10, rate=44100)
     asked = ("--prompt", "x", "--src_video", clip, "--size", "48*32", "--sample_steps", 1, "--frame_mode", "all")
-    code, plan, _ = run(capsys, *asked, "--dry_run", "--chunk_overlap", 9)
+    code, plan, _ = cli(*asked, "--dry_run", "--chunk_overlap", 9)
     words = "chunks 3 passes of 17 frames: 0 to 16, 8 to 24, 16 to 29; each goes on from the last 9 frames"
     assert code == 0 and words in plan and "3 network evaluations" in plan and "in each of the 3 chunks" in plan
-    code, out, err = run(capsys, *asked, "--chunk_overlap", 9, "--save_dir", tmp_path / "a")
+    code, out, err = cli(*asked, "--chunk_overlap", 9, "--save_dir", tmp_path / "a")
     assert (code, err) == (0, "") and out.index(words) < out.index("sample")
     made = probe(tmp_path / "a" / "out_video.mp4")
     assert (made.frames, made.fps, made.has_audio) == (30, 10, True)
@@ -399,8 +388,21 @@ def test_a_long_source_with_sound_keeps_every_frame_its_rate_and_sound_and_repea
         read_frames(tmp_path / "a" / "src_video.mp4", [29]),
         read_frames(tmp_path / "a" / "src_video.mp4", range(30))[-1:],
     )
-    assert run(capsys, "--config", tmp_path / "a" / "run.json", "--save_dir", tmp_path / "b")[0] == 0
+    assert cli("--config", tmp_path / "a" / "run.json", "--save_dir", tmp_path / "b")[0] == 0
     assert (tmp_path / "a" / "out_video.mp4").read_bytes() == (tmp_path / "b" / "out_video.mp4").read_bytes()
+
+
+def test_a_long_source_file_with_a_mask_file_is_the_same_as_their_arrays(tmp_path):
+    clip = make(tmp_path / "c.mp4", 150, size=(32, 48), fps=10)
+    mask = make(tmp_path / "m.mp4", 150, size=(32, 48), fps=10)
+    plan = {"frame_mode": "all", "size": "48*32"}
+    files = prepare(Request("x", src_video=clip, src_mask=mask, **plan), Defaults(frame_num=LENGTH))
+    frames, grey = read_frames(clip, range(150)), read_frames(mask, range(150))[..., 0]
+    arrays = prepare(Request("x", src_video=frames, src_mask=grey), Defaults(frame_num=LENGTH))
+    assert files.chunks == arrays.chunks and len(files.chunks) == 13
+    assert np.array_equal(files.source, arrays.source) and np.array_equal(files.mask, arrays.mask)
+    assert files.mask.shape == (153, 32, 48) and torch.equal(files.condition.mask, arrays.condition.mask)
+    assert files.notes[-2:] == arrays.notes[-2:]  # what the mask was understood to be
 
 
 @pytest.mark.parametrize(
@@ -412,8 +414,8 @@ def test_a_long_source_with_sound_keeps_every_frame_its_rate_and_sound_and_repea
         (("--chunk_frames", "x"), "chunk_frames is 'x', which is not a whole number"),
     ],
 )
-def test_chunks_that_cannot_be_are_refused_before_anything_is_loaded(args, words, tmp_path, capsys):
-    code, _, err = run(capsys, "--prompt", "x", *args, "--save_dir", tmp_path / "a")
+def test_chunks_that_cannot_be_are_refused_before_anything_is_loaded(args, words, tmp_path, cli):
+    code, _, err = cli("--prompt", "x", *args, "--save_dir", tmp_path / "a")
     assert code == 2 and words in err and err.count("\n") == 1 and not (tmp_path / "a").exists()
 
 

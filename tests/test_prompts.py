@@ -21,6 +21,9 @@ KEY = "sk-very-secret-0123456789"
 SMALL = ("--size", "32*16", "--frame_num", 1, "--sample_steps", 1)
 
 
+pytestmark = pytest.mark.usefixtures("one_memory_plan")
+
+
 @dataclass
 class Stub:
     """What the server answers, one entry a request and the last one for ever, and what it was asked."""
@@ -121,6 +124,7 @@ def test_the_whole_address_may_be_given_and_a_key_is_not_needed(server):
     "text, prompt",
     [
         ("<think>The user wants\na ball.</think>\n\nA ball.", "A ball."),
+        ("The user wants a ball.</think>A ball.", "A ball."),
         ('"A ball."', "A ball."),
         ("“A ball.”", "A ball."),
         ('"Stop" says the "sign"', '"Stop" says the "sign"'),
@@ -359,6 +363,18 @@ def test_a_local_model_that_ends_by_itself_is_not_cut_and_is_kept_for_tables(fol
     assert writer("do", "a ball") == Answer("blue ball", True)
 
 
+def test_a_local_model_that_does_not_fit_is_a_sentence(folders, monkeypatch):
+    writer = LocalModel(folders["none"], torch.device("cpu"), keep=True)
+    _, model = writer._loaded = writer._load()
+
+    def full(**_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+
+    monkeypatch.setattr(model, "generate", full)
+    with pytest.raises(InputError, match="does not fit on the device"):
+        writer("do", "a ball")
+
+
 def test_folders_that_hold_no_model(folders, tmp_path):
     with pytest.raises(ConfigError, match=r"config.json is missing"):
         find_writer("wan_en", str(tmp_path))
@@ -374,21 +390,7 @@ def test_folders_that_hold_no_model(folders, tmp_path):
 # --- from the command line -------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_memory_plan():
-    patch, plans, plan = pytest.MonkeyPatch(), {}, vdot.cli.plan_generation
-    patch.setattr(vdot.cli, "plan_generation", lambda *args: plans.get(0) or plans.setdefault(0, plan(*args)))
-    yield
-    patch.undo()
-
-
-def run(capsys, *args: object) -> tuple[int, str, str]:
-    code = vdot.cli.main([str(a) for a in args])
-    out, err = capsys.readouterr()
-    return code, out, err
-
-
-def test_a_run_prints_and_keeps_the_extended_prompt_and_repeats_without_asking(server, tmp_path, capsys, monkeypatch):
+def test_a_run_prints_and_keeps_the_extended_prompt_and_repeats_without_asking(server, tmp_path, cli, monkeypatch):
     monkeypatch.setenv("VDOT_PROMPT_KEY", KEY)
     server.says(chat("A red ball rolls over the grass in the sun."))
     extend = (
@@ -399,9 +401,9 @@ def test_a_run_prints_and_keeps_the_extended_prompt_and_repeats_without_asking(s
         "--prompt_url",
         f"{server.url}?secret={KEY}",
     )
-    code, out, err = run(capsys, "--prompt", "ball", *SMALL, *extend, "--dry_run")
+    code, out, err = cli("--prompt", "ball", *SMALL, *extend, "--dry_run")
     assert code == 0 and not server.asked and f"will be written out by some-model at {server.url} (wan_en)" in out
-    code, out, err = run(capsys, "--prompt", "ball", *SMALL, *extend, "--save_dir", tmp_path / "a")
+    code, out, err = cli("--prompt", "ball", *SMALL, *extend, "--save_dir", tmp_path / "a")
     assert (code, err) == (0, "") and len(server.asked) == 1
     assert "prompt  A red ball rolls over the grass in the sun." in out and KEY not in out
     text = (tmp_path / "a" / "run.json").read_text()
@@ -415,41 +417,41 @@ def test_a_run_prints_and_keeps_the_extended_prompt_and_repeats_without_asking(s
         "by": f"some-model at {server.url}",
     }
     monkeypatch.delenv("VDOT_PROMPT_KEY")
-    assert run(capsys, "--config", tmp_path / "a" / "run.json", "--save_dir", tmp_path / "b")[0] == 0
+    assert cli("--config", tmp_path / "a" / "run.json", "--save_dir", tmp_path / "b")[0] == 0
     plain = ("--prompt", record["config"]["prompt"], *SMALL, "--save_dir", tmp_path / "c")
-    assert run(capsys, *plain)[0] == 0 and len(server.asked) == 1
+    assert cli(*plain)[0] == 0 and len(server.asked) == 1
     videos = [(tmp_path / name / "out_video.mp4").read_bytes() for name in "abc"]
     assert videos[0] == videos[1] == videos[2]  # the model saw the extended prompt
 
 
-def test_a_failure_is_a_sentence_with_nothing_made_and_nothing_loaded(server, tmp_path, capsys, monkeypatch):
+def test_a_failure_is_a_sentence_with_nothing_made_and_nothing_loaded(server, tmp_path, cli, monkeypatch):
     monkeypatch.setattr(vdot.cli.VdotPipeline, "from_pretrained", lambda *a, **k: pytest.fail("loaded"))
     server.says(500)
     asked = ("--prompt", "ball", *SMALL, "--save_dir", tmp_path / "a", "--use_prompt_extend", "wan_zh")
-    code, _, err = run(capsys, *asked, "--prompt_model", "m", "--prompt_url", server.url)
+    code, _, err = cli(*asked, "--prompt_model", "m", "--prompt_url", server.url)
     assert code == 2 and "HTTP 500" in err and err.count("\n") == 1 and not (tmp_path / "a").exists()
-    code, _, err = run(capsys, *asked)
+    code, _, err = cli(*asked)
     assert code == 2 and "needs a language model" in err and not (tmp_path / "a").exists()
 
 
-def test_rows_of_a_table_are_extended_one_by_one_and_not_again(server, tmp_path, capsys):
+def test_rows_of_a_table_are_extended_one_by_one_and_not_again(server, tmp_path, cli):
     rows = [{"id": i, "prompt": f"ball {i}", "size": "32*16", "frame_num": 1} for i in "ab"]
     table = tmp_path / "jobs.jsonl"
     table.write_text("\n".join(map(json.dumps, rows)))
     extend = ("--use_prompt_extend", "wan_en", "--prompt_model", "m", "--prompt_url", server.url, "--sample_steps", 1)
     server.says(chat("A ball."), 404)
-    code, out, _ = run(capsys, "--jobs", table, "--save_dir", tmp_path / "out", *extend)
+    code, out, _ = cli("--jobs", table, "--save_dir", tmp_path / "out", *extend)
     assert code == 1 and "1 done, 0 skipped, 1 failed" in out and "has no model" in out
     server.says(chat("Another ball."))
-    code, out, _ = run(capsys, "--jobs", table, "--save_dir", tmp_path / "out", *extend)
+    code, out, _ = cli("--jobs", table, "--save_dir", tmp_path / "out", *extend)
     assert code == 0 and "1 done, 1 skipped, 0 failed" in out and len(server.asked) == 1
     assert server.asked[0]["body"]["messages"][1]["content"] == "ball b"
 
 
-def test_a_local_model_from_the_command_line(folders, tmp_path, capsys, monkeypatch):
+def test_a_local_model_from_the_command_line(folders, tmp_path, cli, monkeypatch):
     monkeypatch.setattr(vdot.prompts, "NEW_TOKENS", 8)
     asked = ("--prompt", "a red ball", *SMALL, "--use_prompt_extend", "wan_en", "--prompt_model", folders["system"])
-    code, _, err = run(capsys, *asked, "--save_dir", tmp_path / "a")
+    code, _, err = cli(*asked, "--save_dir", tmp_path / "a")
     record = json.loads((tmp_path / "a" / "run.json").read_text())
     assert (code, err) == (0, "") and record["prompt_extension"]["by"] == f"the model in {folders['system']}"
     assert record["config"]["prompt"] != "a red ball" and record["config"]["prompt_model"] is None

@@ -1,8 +1,9 @@
 """Colours of a long clip, held to those of its first chunk by optimal transport between Gaussians of pixels.
 
 What a chunk makes of pixels that are known (the overlap, and what the mask keeps) shows its colour error exactly, pixel
-for pixel. Beyond them only the first chunk is there to compare with: places that look nearly alike in both are taken
-for the same things and their difference for drift; where few are, it is another scene and stays as it comes.
+for pixel. Beyond them only the first chunk is there to compare with, along the camera's way: places that look nearly
+alike in both are taken for the same and their difference for drift; where few are, it is another scene and stays as it
+comes.
 """
 
 import itertools
@@ -17,10 +18,11 @@ FLOOR = 25.0  # grey levels squared, added to each variance: flat colours have n
 SEAM_GAIN, SEAM_SHIFT = 1.25, 32.0  # largest correction by known pixels: contrast, and grey levels
 DRIFT_GAIN, DRIFT_SHIFT = 1.1, 12.0  # and by the first chunk's colours
 ALIKE = 24.0  # grey levels in any channel between two colours of what may be the same thing
-SMALL, REACH = 64, 16  # longer side of the pictures in which a camera's way is looked for, and how far it may be
+SMALL, REACH = 64, 16  # longer side of the pictures in which places are compared, and a camera's way in them
 OTHER_SCENE, SAME_SCENE = 0.25, 0.5  # share of places that look alike: up to here none of it is drift, from here on all
-RECENT = 4  # last frames of the overlap that say how to go on from it
-ENOUGH_KNOWN = 0.05  # of the new pixels: then these, not the first chunk, say what the colours should be
+RECENT = 2  # last frames of the overlap that say how to go on from it
+CLEARLY = 0.7  # of the misfit: from here on a camera that moved explains a picture better than one that stands
+ENOUGH_KNOWN = 0.05  # of the later new pixels: then these, not the first chunk, say what the colours should be
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,12 @@ def _power(symmetric: np.ndarray, exponent: float) -> np.ndarray:
     return (vectors * values.clip(1e-9) ** exponent) @ vectors.T
 
 
+def _by_pairs(made: np.ndarray, known: np.ndarray, where: np.ndarray) -> ColourMap:
+    """From what was made of known pixels, uint8 ``[T, H, W, 3]``, to what they are."""
+    chosen = sampled(where)
+    return transport(moments(sampled(made)[chosen]), moments(sampled(known)[chosen]), SEAM_GAIN, SEAM_SHIFT)
+
+
 class ColourAnchor:
     """Remembers the first chunk's colours and holds later ones to them."""
 
@@ -97,21 +105,21 @@ class ColourAnchor:
 
     def learn(self, frames: np.ndarray) -> None:
         """``frames`` uint8 ``[T, H, W, 3]``: the first chunk as it is shown."""
-        self._first = np.median(sampled(frames), axis=0)  # of each place; what moves through it does not count
+        self._first = _place(frames)
 
     def hold(self, decoded: np.ndarray, known: np.ndarray, where: np.ndarray, overlap: int) -> np.ndarray:
         """The new frames of a later chunk, those after the first ``overlap``, with corrected colours.
 
-        ``decoded`` and ``known`` are uint8 ``[T, H, W, 3]``, ``where [T, H, W]`` says which pixels are known. The
-        correction begins as the known pixels say, so that nothing jumps at the seam, and ends at the first chunk's
-        colours, where the next chunk goes on.
+        ``decoded`` and ``known`` are uint8 ``[T, H, W, 3]``, ``where [T, H, W]`` says which pixels are known, among
+        them all of the overlap. The correction begins as its last frames say, so that nothing jumps at the seam, and
+        ends as what is known of the new frames says, or else at the first chunk's colours: there the next goes on.
         """
-        new, late = decoded[overlap:], slice(max(overlap - RECENT, 0), None)
-        chosen = sampled(where[late])
-        made, shown = (moments(sampled(frames[late])[chosen]) for frames in (decoded, known))
-        seam = end = transport(made, shown, SEAM_GAIN, SEAM_SHIFT)
-        if where[overlap:].mean() < ENOUGH_KNOWN:
-            end = seam.then(self._drift(seam, new[len(new) // 2 :]))
+        new, half = decoded[overlap:], (overlap + len(decoded)) // 2
+        seam = end = _by_pairs(*(a[max(overlap - RECENT, 0) : overlap] for a in (decoded, known, where)))
+        if where[half:].mean() < ENOUGH_KNOWN:
+            end = seam.then(self._drift(seam, decoded[half:]))
+        elif sampled(where[half:]).any():
+            end = _by_pairs(decoded[half:], known[half:], where[half:])
         shares = np.arange(1, len(new) + 1) / len(new)
         return np.concatenate([seam.towards(end, s)(new[i : i + 1]) for i, s in enumerate(shares)])
 
@@ -119,48 +127,58 @@ class ColourAnchor:
         """From the colours of ``frames``, corrected by ``seam``, to the first chunk's."""
         if self._first is None:
             return IDENTITY
-        colours = sampled(frames) @ seam.matrix.T + seam.offset
-        alike = (np.abs(colours - self._first) < ALIKE).all(-1)
-        trust = float(np.clip((alike.mean() - OTHER_SCENE) / (SAME_SCENE - OTHER_SCENE), 0, 1))
-        if not trust:
-            return IDENTITY
-        wanted = np.broadcast_to(self._first, colours.shape)[alike]
-        back = transport(moments(colours[alike]), moments(wanted), DRIFT_GAIN, DRIFT_SHIFT)
-        now = np.median(colours, axis=0)
-        if camera_moved(self._first, now, now @ back.matrix.T + back.offset):
-            return IDENTITY
-        return IDENTITY.towards(back, trust)
+        now = _place(seam(frames))
+        still, moved = (_back(self._first, now, way) for way in ((0, 0), camera_way(self._first, now)))
+        # A camera that moves over a mere slope of colours and a tint look alike: then it stands.
+        return moved[0] if moved[1] < CLEARLY * still[1] else still[0]
 
 
-def camera_moved(first: np.ndarray, now: np.ndarray, corrected: np.ndarray) -> bool:
-    """Whether ``now`` is better explained as ``first`` seen from elsewhere, its colours as they are, than as
-    ``corrected`` is: from the same place, its colours drifted. Pictures ``[H, W, 3]``.
-
-    A camera that moves over a sky changes the colours of every place a little, as drift does.
-    """
-    misfit, at = math.inf, (0, 0)
-    for size, reach in ((SMALL // 2, REACH // 2), (SMALL, 1)):  # roughly over the whole reach, then to the pixel
-        before, after, still = (_small(picture, size) for picture in (first, now, corrected))
-        rows, columns = before.shape[:2]
-        around = itertools.product(*(range(2 * c - reach, 2 * c + reach + 1) for c in at))
-        shifts = [(y, x) for y, x in around if (y or x) and abs(y) < rows // 2 and abs(x) < columns // 2]
-        fits = [(_misfit(_moved(before, y, x), _moved(after, -y, -x)), (y, x)) for y, x in shifts]
-        misfit, at = min(fits, default=(math.inf, (0, 0)))
-    return misfit < _misfit(before, still)
+def _back(first: np.ndarray, now: np.ndarray, way: tuple[int, int]) -> tuple[ColourMap, float]:
+    """The map from the colours of ``now`` to those of ``first`` where both show the same, and what remains between."""
+    first, now = _overlap(first, now, *way)
+    alike = (np.abs(now - first) < ALIKE).all(-1)
+    trust = float(np.clip((alike.mean() - OTHER_SCENE) / (SAME_SCENE - OTHER_SCENE), 0, 1))
+    if not trust:
+        return IDENTITY, math.inf
+    back = transport(moments(now[alike]), moments(first[alike]), DRIFT_GAIN, DRIFT_SHIFT)
+    return IDENTITY.towards(back, trust), _misfit(first, now @ back.matrix.T + back.offset)
 
 
-def _small(picture: np.ndarray, longest: int) -> np.ndarray:
+def _place(frames: np.ndarray) -> np.ndarray:
+    """A small picture ``[h, w, 3]`` of the place that frames show; what moves through it does not count."""
+    picture = np.median(sampled(frames), axis=0).astype(np.float32)
     rows, columns = picture.shape[:2]
-    scale = min(1.0, longest / max(rows, columns))
+    scale = min(1.0, SMALL / max(rows, columns))
     size = (max(1, round(columns * scale)), max(1, round(rows * scale)))
-    return cv2.resize(picture.astype(np.float32), size, interpolation=cv2.INTER_AREA)
+    return cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+
+
+def camera_way(first: np.ndarray, now: np.ndarray) -> tuple[int, int]:
+    """Rows and columns by which the camera has moved from one picture ``[h, w, 3]`` to another of that size.
+
+    A camera that moves over a sky changes the colours of every place a little, as drift does: so the places must be
+    found again before their colours are compared, and found whatever tint lies over them.
+    """
+    way = (0, 0)
+    for step, reach in ((2, REACH // 2), (1, 1)):  # roughly over the whole reach, then to the pixel
+        around = itertools.product(*(range(c - step * reach, c + step * reach + 1, step) for c in way))
+        ways = [(y, x) for y, x in around if abs(y) < now.shape[0] // 2 and abs(x) < now.shape[1] // 2]
+        way = min(ways, key=lambda w: (_misfit(*_overlap(first, now, *w)), abs(w[0]) + abs(w[1])))
+    return way
+
+
+def _overlap(first: np.ndarray, now: np.ndarray, y: int, x: int) -> tuple[np.ndarray, np.ndarray]:
+    """The parts of two pictures that show the same, the second taken ``y, x`` further on."""
+    return _moved(first, y, x), _moved(now, -y, -x)
 
 
 def _moved(picture: np.ndarray, y: int, x: int) -> np.ndarray:
-    """The part of a picture that another, moved by ``-y, -x``, has too."""
+    """A picture without what lies beyond the border of another one that is ``y, x`` further on."""
     rows, columns = picture.shape[:2]
     return picture[max(y, 0) : rows + min(y, 0), max(x, 0) : columns + min(x, 0)]
 
 
 def _misfit(one: np.ndarray, other: np.ndarray) -> float:
-    return float(np.median(np.abs(one[::2, ::2] - other[::2, ::2]).max(-1)))
+    """How far two pictures are apart beside a common tint, in grey levels."""
+    difference = one[::2, ::2] - other[::2, ::2]
+    return float(np.median(np.abs(difference - np.median(difference, axis=(0, 1))).max(-1)))

@@ -466,6 +466,6 @@ def explain_out_of_memory(plan: MemoryPlan) -> VdotError:
     """One sentence for a device that ran out of memory, with the counted peak of each mode."""
     modes = ", ".join(f"{mode} {plan.peak(mode) / GIB:.1f} GiB" for mode in OFFLOAD_MODES)
     return InputError(
-        "the device ran out of memory: use a smaller --size or --frame_num, or another --offload_model "
+        "the device ran out of memory: use a smaller --size, --frame_num or --chunk_frames, or another --offload_model "
         f"(counted peaks: {modes})"
     )

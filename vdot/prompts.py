@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import torch
 
 from vdot.errors import ConfigError, InputError, ServiceError, one_line
+from vdot.memory import is_out_of_memory
 from vdot.runtime import log
 
 LANGUAGES = {"wan_zh": "zh", "wan_en": "en", "wan_zh_ds": "zh", "wan_en_ds": "en"}
@@ -105,7 +106,7 @@ def extend_prompt(prompt: str, mode: str, writer: Writer) -> Extended:
 
 def _paragraph(text: str) -> str:
     """The answer without what some models put around it: their thoughts, a code fence, quotation marks, line breaks."""
-    text = re.sub(r"<think>.*?(</think>|\Z)", " ", text, flags=re.DOTALL)
+    text = re.sub(r"<think>.*", "", text.rpartition("</think>")[2], flags=re.DOTALL)  # the first may be in the template
     text = text.encode(errors="ignore").decode()  # halves of surrogate pairs, which JSON can carry
     text = re.sub(r"^\s*```\w*\n|```\s*$", " ", text)
     text = " ".join(text.split())
@@ -385,22 +386,33 @@ class LocalModel:
         if length + 1 > room:
             raise InputError(f"the prompt is too long for {self.name}, which reads {room} tokens: shorten it")
         most = min(NEW_TOKENS, room - length)
-        model.to(self.device)
         try:
+            ids = self._generate(model, inputs, most)[length:]
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise InputError(
+                f"{self.name} does not fit on the device: use a smaller one, or one at an endpoint (--prompt_url)"
+            ) from error
+        ends = model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        cut = len(ids) >= most and int(ids[-1]) not in ends
+        return Answer(tokenizer.decode(ids, skip_special_tokens=True), cut)
+
+    def _generate(self, model: Any, inputs: Any, most: int) -> torch.Tensor:
+        """Token ids of the conversation and the answer, on the host; the device is free again afterwards."""
+        try:
+            model.to(self.device)
             with torch.no_grad():
-                ids = model.generate(
+                return model.generate(
                     input_ids=inputs["input_ids"].to(self.device),
                     attention_mask=inputs["attention_mask"].to(self.device),
                     max_new_tokens=most,
                     do_sample=False,
                     num_beams=1,
-                )[0, length:].cpu()
+                )[0].cpu()
         finally:
             model.to("cpu")
-        ends = model.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [ends]
-        cut = len(ids) >= most and int(ids[-1]) not in ends
-        return Answer(tokenizer.decode(ids, skip_special_tokens=True), cut)
 
 
 def _conversation(tokenizer: Any, instruction: str, prompt: str) -> str:

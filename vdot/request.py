@@ -232,10 +232,10 @@ def _check_real(name: str, value: Any, low: float, high: float) -> None:
 
 def _check_volume(frames: int, height: int, width: int) -> None:
     if height * width > MAX_AREA:
-        raise InputError(f"frames of {width}x{height} are more than one pass can make: use a smaller size")
+        raise InputError(f"frames of {width}x{height} are more than one run can hold: use a smaller size")
     if frames * height * width > MAX_PIXELS:
         most = MAX_PIXELS // (height * width)
-        raise InputError(f"{frames} frames of {width}x{height} are more than one pass can make: use at most {most}")
+        raise InputError(f"{frames} frames of {width}x{height} are more than one run can hold: use at most {most}")
 
 
 def _from_file(request: Request, path: str | Path, max_area: int, defaults: Defaults) -> Prepared:
