@@ -188,8 +188,8 @@ def test_names_are_checked():
     assert parse_backends("auto") == {} and parse_backends("dis, sam2:/a b/c") == {"dis": None, "sam2": "/a b/c"}
     with pytest.raises(InputError, match="unknown backend 'sam'"):
         parse_backends("sam")
-    with pytest.raises(InputError, match="has no use for the backend sam2"):
-        track(np.zeros((1, 8, 8, 3), np.uint8), np.ones((8, 8), bool), "midas,sam2".replace("midas", "dis"))
+    with pytest.raises(InputError, match="tracking has no use for the backend dis: it can use sam3, sam2, template"):
+        track(np.zeros((1, 8, 8, 3), np.uint8), np.ones((8, 8), bool), "template,dis")
     assert len({(b.kind, b.name) for b in BACKENDS}) == len(BACKENDS)
 
 

@@ -230,7 +230,7 @@ def test_without_a_model_only_some_words_are_known(clip, monkeypatch, tmp_path):
     monkeypatch.setenv("VDOT_ANNOTATORS", str(tmp_path))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(
-        InputError, match="without a model only person, people.* not 'zebra': use --backend grounding_dino"
+        InputError, match=r"without a model only person, people.* not 'zebra': use --backend grounding_dino"
     ):
         annotate("inpainting", Material(video=clip.frames, label="zebra"))
     with pytest.raises(InputError, match="nothing like 'person' was found in the first frame"):
