@@ -204,11 +204,12 @@ def test_packages_that_are_not_installed_are_named(monkeypatch, tmp_path):
     real = __import__("importlib").util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "mediapipe" else real(name))
     monkeypatch.setenv("VDOT_ANNOTATORS", str(tmp_path))
-    with pytest.raises(
-        MissingDependencyError, match=r"pip install --no-deps mediapipe==0\.10\.21.*vitpose-base-simple"
-    ):
+    with pytest.raises(MissingDependencyError, match=r"--no-deps mediapipe==0\.10\.21.*vitpose-base-simple"):
         control("pose", np.zeros((2, 32, 32, 3), np.uint8))
-    with pytest.raises(MissingDependencyError, match="needs the package mediapipe: run `pip install --no-deps"):
+    with pytest.raises(
+        MissingDependencyError,
+        match=r"needs the package mediapipe: run `pip install -e .*--no-deps mediapipe==0\.10\.21`",
+    ):
         control("pose", np.zeros((2, 32, 32, 3), np.uint8), "mediapipe")
 
 
