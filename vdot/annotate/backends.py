@@ -18,7 +18,7 @@ from typing import Any
 from vdot.errors import InputError, MissingDependencyError
 
 ROOT = Path(__file__).resolve().parents[2]
-MEDIAPIPE = "pip install --no-deps mediapipe==0.10.21 && pip install absl-py attrs flatbuffers matplotlib"
+MEDIAPIPE = 'pip install -e ".[annotate]" && pip install --no-deps mediapipe==0.10.21'
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ BACKENDS: tuple[Backend, ...] = (
     Backend("segment", "grabcut", "salient:segment"),
     Backend("track", "sam3", "sam:sam3_track", model=SAM3),
     Backend("track", "sam2", "sam:sam2_track", model=SAM2),
-    Backend("track", "template", "track:by_template"),
+    Backend("track", "template", "tracking:by_template"),
     Backend("find", "grounding_dino", "words:grounding_dino", model="IDEA-Research/grounding-dino-tiny"),
     Backend("find", "clipseg", "words:clipseg", model="CIDAS/clipseg-rd64-refined"),
     Backend("find", "mediapipe", "with_mediapipe:people", "mediapipe", MEDIAPIPE),

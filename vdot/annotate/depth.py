@@ -37,4 +37,5 @@ def depth_picture(frames: np.ndarray, estimate: Depth) -> np.ndarray:
     """Grey uint8 ``[T, H, W, 3]``: the clip's farthest point black, its nearest white, the same scale in all frames."""
     depth = np.nan_to_num(estimate(frames).astype(np.float32))
     low, high = float(depth.min()), float(depth.max())
-    return as_pictures(np.rint((depth - low) * (255 / max(high - low, 1e-6))).astype(np.uint8))
+    share = (depth - low) / (high - low) if high > low else np.zeros_like(depth)
+    return as_pictures(np.rint(share * 255).astype(np.uint8))

@@ -48,6 +48,7 @@ def load_model(kind: Any, place: str) -> tuple[Any, torch.device]:
 def _quiet() -> Iterator[None]:
     """Without transformers' progress bars and its remarks about what else could be installed."""
     from transformers.utils import logging
+
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -49,9 +49,9 @@ def read_material(
     if mask and shape is None:
         raise InputError("a mask needs the video or image it belongs to: add --video or --image")
     notes = [note for info in infos[:1] for note in _timing(info)]
-    fps = save_fps or (infos[0].fps if infos else FPS) or FPS
-    if not 0 < fps <= 1000:
+    if save_fps is not None and not 0 < save_fps <= 1000:
         raise InputError(f"save_fps must be a number above 0 and up to 1000, got {save_fps!r}")
+    fps = save_fps or (infos[0].fps if infos else FPS) or FPS
     material = Material(
         video=frames[0] if frames else None,
         end_video=frames[1] if len(frames) > 1 else None,

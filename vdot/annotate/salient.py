@@ -10,6 +10,10 @@ from vdot.errors import InputError
 
 SIDE = 256  # pixels of the long side that GrabCut works at
 ROUNDS = 5
+FLAT, CLEAR = (
+    6.0,
+    12.0,
+)  # distances in L*a*b*: within the first a ground is plain, beyond the second it is not the ground
 
 Salient = Callable[[np.ndarray], np.ndarray]
 Segment = Callable[[np.ndarray, tuple[int, int, int, int]], np.ndarray]
@@ -35,6 +39,10 @@ def stands_out(image: np.ndarray) -> np.ndarray:
     rim = max(1, min(height, width) // 20)
     border = ~filled_box((rim, rim, width - rim, height - rim), height, width)
     contrast = _distance(lab, lab[border])
+    if np.quantile(contrast[border], 0.95) < FLAT:  # a plain ground, as of cut-outs and goods for sale
+        mask = cv2.morphologyEx((contrast > CLEAR).astype(np.uint8), cv2.MORPH_CLOSE, np.ones((5, 5), np.uint8)) > 0
+        if mask.any():
+            return _back(largest(mask), image.shape[:2])
     y, x = np.mgrid[:height, :width]
     centre = np.exp(-(((x / width - 0.5) / 0.45) ** 2 + ((y / height - 0.5) / 0.45) ** 2))
     score = cv2.GaussianBlur((contrast * (0.4 + 0.6 * centre)).astype(np.float32), (0, 0), 0.02 * max(height, width))

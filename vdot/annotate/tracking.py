@@ -73,6 +73,8 @@ def follow(frames: np.ndarray, mask: np.ndarray) -> np.ndarray:
         if not body.any():
             break
         now = redraw(small[t], body, reach * np.sqrt(body.sum()), 0.75 if reach == EDGE_BAND else 0.6)
+        if reach == EDGE_BAND:
+            found = _as_drawn(found, body, now)
         speed, place = found.centre - place.centre, found
         out[t] = _full_size(frames[t], now, scale)
     return out
@@ -139,6 +141,12 @@ def _seen(picture: np.ndarray, mask: np.ndarray, image: np.ndarray, place: _Plac
         return None
     other = cv2.morphologyEx((gap > HIDDEN).astype(np.uint8), cv2.MORPH_OPEN, np.ones((5, 5), np.uint8)) > 0
     return shape & ~other
+
+
+def _as_drawn(place: _Place, body: np.ndarray, drawn: np.ndarray) -> _Place:
+    """A plain picture fits anywhere inside a larger one of its colour: the edge that was drawn says if it is larger."""
+    growth = float(np.clip(np.sqrt(drawn.sum() / body.sum()), 1.0, 1.05))
+    return replace(place, scale=place.scale * growth)
 
 
 def _warp(picture: np.ndarray, place: _Place) -> np.ndarray:
