@@ -50,11 +50,12 @@ class Served:
 
 @contextmanager
 def serving(folder: Path, *options: str, launcher: tuple[str, ...] = ()) -> Iterator[Served]:
-    """Start the command, wait until it listens, and end it as Ctrl-C does."""
+    """Start the command, wait until it listens, and end it."""
     port, log = free_port(), folder / "page.log"
     command = [sys.executable, *launcher, str(ROOT / "inference" / "vdot_gradio.py"), "--port", str(port)]
     command += ["--ckpt_dir", str(TINY), "--device", "cpu", "--save_dir", str(folder / "sessions"), *options]
-    values = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GRADIO_ANALYTICS_ENABLED": "False"}
+    values = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(folder / "temporary")}
+    (folder / "temporary").mkdir()
     with log.open("w") as stream:
         process = subprocess.Popen(command, cwd=folder, env=values, stdout=stream, stderr=subprocess.STDOUT)
     served = Served(f"http://127.0.0.1:{port}", process, log, folder / "sessions")
@@ -63,12 +64,15 @@ def serving(folder: Path, *options: str, launcher: tuple[str, ...] = ()) -> Iter
         yield served
     finally:
         if process.poll() is None:
-            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGTERM)
         try:
             process.wait(60)
         except subprocess.TimeoutExpired:
             process.kill()
             raise
+    if not launcher:
+        assert process.returncode == 0, served.said()
+        assert not list(folder.glob("temporary/vdot-*"))  # uploads go with the page
 
 
 class _Chat(BaseHTTPRequestHandler):

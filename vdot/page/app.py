@@ -66,6 +66,7 @@ class Page:
         hours = max(1, round(self.config.keep_hours))
         with gr.Blocks(title="VDOT", analytics_enabled=False, delete_cache=(600, hours * 3600)) as blocks:
             words.components["token"] = gr.BrowserState("", storage_key="vdot-session", secret="vdot")
+            words.components["spoken"] = gr.BrowserState("", storage_key="vdot-language", secret="vdot")
             words.components["chosen"] = gr.State(-1)
             words.components["corner"] = gr.State(None)
             with gr.Row(elem_classes="vdot-top"):
@@ -102,8 +103,8 @@ class Page:
         running = self._running_outputs()
         loaded = [w["token"], w["language"], w["gallery"], w["status"]]
 
-        def arrive(token: str, language: str, request: gr.Request) -> tuple[Any, ...]:
-            return self.arrive(token, language, request.headers.get("accept-language", ""))
+        def arrive(token: str, spoken: str, request: gr.Request) -> tuple[Any, ...]:
+            return self.arrive(token, spoken or preferred(request.headers.get("accept-language", "")))
 
         def corner(picture: Any, boxes: str, first: Any, event: gr.SelectData) -> tuple[str, Any]:
             return self.corner(picture, boxes, first, event.index)
@@ -111,9 +112,9 @@ class Page:
         def choose(token: str, event: gr.SelectData) -> tuple[Any, ...]:
             return self.choose(token, event.index)
 
-        blocks.load(arrive, who, loaded, **quick).then(self.rejoin, who, running, **long)
+        blocks.load(arrive, [w["token"], w["spoken"]], loaded, **quick).then(self.rejoin, who, running, **long)
         w["language"].change(None, w["language"], w["language"], js=show.LANG, api_visibility="private")
-        arranged = [*self.words.updates("en"), w["head"], w["limits"], w["about"]]
+        arranged = [*self.words.updates("en"), w["head"], w["limits"], w["about"], w["spoken"]]
         w["language"].change(self.speak, [w["language"], w["preset"]], arranged, **quick)
         w["dark"].click(None, js=show.DARK, api_visibility="private")
         layout = [w["about"], *(w[name] for name in shown(PRESETS["t2v"], "paint"))]
@@ -163,11 +164,9 @@ class Page:
 
     # -- arriving ------------------------------------------------------------------------------------------------
 
-    def arrive(self, token: str, language: str, accepts: str) -> tuple[Any, ...]:
+    def arrive(self, token: str, language: str) -> tuple[Any, ...]:
         """A browser comes, or comes again: its session, its language, its results."""
         session = self.sessions.open(token)
-        if session.token != token:
-            language = preferred(accepts)
         state = show.note(text(language, "ready" if self.engine.ready.is_set() else "loading"))
         return session.token, language, gallery_items(session), state
 
@@ -189,6 +188,7 @@ class Page:
             self.words["head"]: show.head(language, self._about()),
             self.words["limits"]: self._limits(language),
             self.words["about"]: preset_words(preset, language),
+            self.words["spoken"]: language,
         }
 
     def arrange(self, preset: str, region: str, language: str) -> dict[Any, Any]:
