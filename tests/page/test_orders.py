@@ -93,7 +93,8 @@ def test_an_extension_goes_on_from_the_end_and_is_joined(model, form, media, tmp
     assert (made.prepared.source[-5:] == clip[:5]).all() and (made.order.after == clip[5:]).all()
 
 
-def test_outpainting_grows_within_the_size(model, form, tmp_path):
+def test_outpainting_grows_within_the_size(model, form, tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "plan", lambda *_: _NoPlan())
     made = understand(replace(form, preset="outpaint", sides=("left", "right"), ratio=0.5), model, tmp_path)
     condition = made.prepared.condition
     assert condition.height * condition.width <= 96 * 64 and condition.width > 2.5 * condition.height

@@ -51,7 +51,8 @@ def serve(config: PageConfig, launch: Launch) -> int:
     os.environ["GRADIO_TEMP_DIR"] = str(cache)
     engine = Engine(crew, config.max_queue)
     sessions = Sessions(root, config.keep_hours, temporary=config.save_dir is None)
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGINT):  # also where a shell started us with Ctrl-C turned off
+        signal.signal(number, _interrupt)
     try:
         engine.begin()
         blocks = Page(config, model, launch.world, engine, sessions, Uploads.of(config, cache)).build()
