@@ -94,6 +94,8 @@ def _repainted(
         notes.append(
             f"the region is empty in {lost} of {len(masks)} frames: the thing was lost or has left the picture"
         )
+    if masks.mean() > 0.9:
+        notes.append("the mask covers nearly all of the picture: --maskaug_mode original_expand keeps more of it")
     return hide(frames, masks, filler), as_mask(masks)
 
 
