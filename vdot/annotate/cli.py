@@ -19,7 +19,7 @@ from vdot.cli import GROUPS, Form, check_options, make, parse
 from vdot.config import GenerateConfig
 from vdot.entry import enter
 from vdot.errors import ConfigError, InputError, VdotError, one_line
-from vdot.jobs import PER_ROW, Job, Outcome, read_jobs, summary
+from vdot.jobs import PER_ROW, Job, Outcome, look_at_jobs, read_jobs, summary
 from vdot.parallel.state import Ranks
 from vdot.record import file_hash, writable
 from vdot.request import reference_list
@@ -228,7 +228,7 @@ def _table(config: PrepareConfig, table: str, ranks: Ranks) -> int:
         jobs = read_jobs(table, base, (*OWN_PER_ROW, *(n for n in PER_ROW if n not in MADE_HERE)), FILES)
         folder = Path(config.pre_save_dir or f"results/annotate/{Path(table).stem}")
     if config.dry_run:
-        return _look_at_table(jobs)
+        return look_at_jobs(jobs, _read) if ranks.rank == 0 else 0
     with ExitStack() as stack:
         with ranks.agree():
             stack.enter_context(writable(folder))
@@ -293,18 +293,3 @@ def _write_rows(path: Path, jobs: Sequence[Job], base: PrepareConfig, folder: Pa
         lines.append(json.dumps({"id": job.id, "prompt": values["prompt"], **own, **files}))
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as stream:
         stream.write("\n".join(lines) + "\n")
-
-
-def _look_at_table(jobs: Sequence[Job]) -> int:
-    failed = 0
-    for job in jobs:
-        log.info("%s", job.id)
-        try:
-            if job.config is None:
-                raise InputError(job.error or "bad row")
-            _read(cast(PrepareConfig, job.config))
-        except VdotError as error:
-            failed += 1
-            log.info("  would fail: %s", one_line(error))
-    log.info("%d of %d would fail", failed, len(jobs))
-    return 1 if failed else 0
