@@ -205,6 +205,21 @@ def test_raft_needs_torchvision(monkeypatch, tmp_path):
         control("flow", np.zeros((2, 32, 32, 3), np.uint8), f"raft:{tmp_path}")
 
 
+def test_raft_where_torchvision_fits(tmp_path):
+    try:
+        from torchvision.models.optical_flow import raft_large
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"no torchvision that fits this torch: {error}")
+    torch.manual_seed(0)
+    torch.save(raft_large(weights=None).state_dict(), tmp_path / "raft.pth")
+    clip = np.random.default_rng(0).integers(0, 256, (2, 50, 70, 3), dtype=np.uint8)
+    assert Tools(f"raft:{tmp_path}")("flow")(clip).shape == (1, 50, 70, 2)
+    assert control("flow", clip, f"raft:{tmp_path / 'raft.pth'}").shape == clip.shape
+    (tmp_path / "raft.pth").write_bytes(b"not weights")
+    with pytest.raises(CheckpointError, match="does not hold torchvision's RAFT"):
+        control("flow", clip, f"raft:{tmp_path}/")
+
+
 def test_packages_that_are_not_installed_are_named(monkeypatch, tmp_path):
     real = __import__("importlib").util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "mediapipe" else real(name))

@@ -59,6 +59,8 @@ def test_controls_and_plain(clip, task):
     made = annotate(task, Material(video=clip.frames, fps=8))
     check(made, 17, (64, 64))
     assert made.src_mask is None and made.fps == 8 and made.references == ()
+    odd = annotate(task, Material(video=clip.frames[:2, :63]))
+    assert odd.src_video.shape == (2, 63, 64, 3) and "an odd side gains" in odd.notes[-1]
     still = annotate(f"image_{task}" if task in ("gray", "scribble") else task, Material(images=[clip.frames[0]]))
     assert still.src_video.shape == (1, 64, 64, 3)
 

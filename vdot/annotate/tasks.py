@@ -468,6 +468,8 @@ def annotate(task: str, material: Material, backend: str = "auto") -> Annotated:
     tools, notes = Tools(backend), list[str]()
     tools.check(definition.kinds, f"the task {name}")
     done = definition.build(material, tools, notes)
+    if done.src_video is not None and any(side % 2 for side in done.src_video.shape[1:3]):
+        notes.append("an odd side gains one repeated row or column in the files, as H.264 needs")
     return replace(done, notes=(*done.notes, *notes), backends=dict(tools.used))
 
 
