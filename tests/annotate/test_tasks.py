@@ -185,9 +185,9 @@ def test_compositions(clip, toy, walker):
 
 @pytest.mark.parametrize("task", ["character_replacement", "try_on"])
 def test_replacement_shows_only_the_pose_inside_the_mask(clip, toy, walker, task, monkeypatch, tmp_path):
-    video, true = clip.frames, clip.masks == 1
+    video, true = clip.frames[:5], clip.masks[:5] == 1
     made = annotate(task, Material(video=video, mask=true[0], images=[toy]), walker)
-    check(made, 17, (64, 64))
+    check(made, 5, (64, 64))
     white = made.src_mask > 0
     pose = annotate("pose", Material(video=video), walker).src_video
     assert (made.src_video[white] == pose[white]).all() and (made.src_video[~white] == video[~white]).all()
