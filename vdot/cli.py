@@ -20,8 +20,8 @@ from vdot.chunks import heaviest
 from vdot.conditioning import Condition
 from vdot.config import GenerateConfig, load_config
 from vdot.entry import enter
-from vdot.errors import CheckpointError, ConfigError, InputError, VdotError, one_line
-from vdot.jobs import Job, read_jobs, run_jobs, summary
+from vdot.errors import CheckpointError, ConfigError, one_line
+from vdot.jobs import look_at_jobs, read_jobs, run_jobs, summary
 from vdot.memory import MemoryPlan, is_out_of_memory, plan_generation
 from vdot.models.attention import BACKENDS
 from vdot.models.presets import PRESETS
@@ -515,7 +515,7 @@ class Session:
             jobs = read_jobs(table, self.config)
         folder = Path(self.config.save_dir or default_folder(self.path).with_name(Path(table).stem))
         if self.config.dry_run:
-            return self._describe_table(jobs) if self.ranks.rank == 0 else 0
+            return look_at_jobs(jobs, lambda row: self.describe(row, self.prepare(row))) if self.ranks.rank == 0 else 0
 
         def generate(config: GenerateConfig, video: Path) -> None:
             with self.ranks.agree():
@@ -532,17 +532,3 @@ class Session:
         for line in summary(outcomes):
             log.info("%s", line)
         return 1 if any(outcome.status == "failed" for outcome in outcomes) else 0
-
-    def _describe_table(self, jobs: list[Job]) -> int:
-        failed = 0
-        for job in jobs:
-            log.info("%s", job.id)
-            try:
-                if job.config is None:
-                    raise InputError(job.error or "bad row")
-                self.describe(job.config, self.prepare(job.config))
-            except VdotError as error:
-                failed += 1
-                log.info("  would fail: %s", one_line(error))
-        log.info("%d of %d would fail", failed, len(jobs))
-        return 1 if failed else 0
