@@ -224,7 +224,7 @@ def test_bad_files_bring_their_sentence_and_the_next_one_works(page, visit, medi
     ):
         upload(tab, "clip", media / name)
         assert sentence in status(tab, re.escape(sentence))
-        tab.locator("#vdot-clip").get_by_label("Clear").click()
+        tab.locator("#vdot-clip").get_by_label("Clear").first.click()
         wait_quiet(tab)
     upload(tab, "clip", media / "huge.mp4")
     tab.get_by_text(re.compile("exceed", re.I)).first.wait_for()
@@ -244,7 +244,7 @@ def test_twenty_clients_at_once(wide, monkeypatch):
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
 
     def one(number: int) -> dict[str, Any]:
-        client = Client(wide.url, verbose=False)
+        client = Client(wide.url, verbose=False, httpx_kwargs={"timeout": MINUTES})
         settings = {"size": "32*32", "frame_num": 5, "steps": 1, "seed": number}
         video, facts = client.predict(preset="t2v", prompt=f"ball {number}", **settings, api_name="/generate")
         assert Path(video).stat().st_size > 300

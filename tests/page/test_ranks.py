@@ -32,7 +32,7 @@ def workers(page: Served) -> list[psutil.Process]:
 def generate(page: Served, steps: int = 4):
     from gradio_client import Client
 
-    client = Client(page.url, verbose=False)
+    client = Client(page.url, verbose=False, httpx_kwargs={"timeout": MINUTES})
     return client, client.submit(preset="t2v", prompt="a ball", steps=steps, seed=7, api_name="/generate")
 
 

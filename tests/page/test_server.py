@@ -11,6 +11,8 @@ import pytest
 from tests.conftest import ROOT
 from tests.page.conftest import LOGIN, MINUTES, Served
 
+PATIENT = {"timeout": MINUTES}
+
 
 @pytest.fixture(scope="module")
 def web(page):
@@ -97,7 +99,7 @@ def test_the_documented_example_works(page: Served, media, monkeypatch, tmp_path
     class Ours(gradio_client.Client):
         def __init__(self, url: str) -> None:
             assert url == "http://127.0.0.1:7860"
-            super().__init__(page.url, auth=LOGIN, verbose=False, download_files=tmp_path)
+            super().__init__(page.url, auth=LOGIN, verbose=False, download_files=tmp_path, httpx_kwargs=PATIENT)
 
     monkeypatch.setattr(gradio_client, "Client", Ours)
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -114,7 +116,7 @@ def test_the_sentence_of_a_failing_call_reaches_the_program(page, monkeypatch):
     from gradio_client import Client
 
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
-    client = Client(page.url, auth=LOGIN, verbose=False)
+    client = Client(page.url, auth=LOGIN, verbose=False, httpx_kwargs=PATIENT)
     with pytest.raises(Exception, match="the prompt is empty: describe the video in a sentence"):
         client.predict(preset="t2v", prompt="", api_name="/generate")
     with pytest.raises(Exception, match="this needs a clip"):
