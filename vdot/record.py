@@ -148,10 +148,11 @@ def write_run(
     checkpoint: dict[str, Any],
     video: Path | None = None,
     resolved: dict[str, Any] | None = None,
+    machine: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write ``out_video.mp4`` (or ``video``), the inputs as the model got them, and ``run.json``: all of them or none.
 
-    ``resolved`` has options that the machine decided, for ``run.json`` to repeat.
+    ``resolved`` has options that the machine decided, for ``run.json`` to repeat; ``machine`` what is merely told.
     """
     files = _contents(result, video or folder / "out_video.mp4", folder)
     with ExitStack() as stack:
@@ -162,7 +163,7 @@ def write_run(
             temporary = Path(stack.enter_context(atomic_path(path)))
             write(temporary)
             hashes[path.name] = file_hash(temporary)
-        record = run_record(result, config, checkpoint, hashes, resolved or {})
+        record = run_record(result, config, checkpoint, hashes, resolved or {}) | {"machine": machine or {}}
         record_file.write_text(_json(record), encoding="utf-8")
         inputs = [Path(name) for names in input_files(config).values() for name in names]
         _remove_earlier(folder, {path.absolute() for path in [*files, *inputs]})
