@@ -65,8 +65,9 @@ class Sample:
 
     @property
     def files(self) -> dict[str, list[Path]]:
-        listed = {"src_video": [self.src_video], "src_mask": [self.src_mask], "src_ref_images": list(self.references)}
-        return {name: [path for path in paths if path is not None] for name, paths in listed.items()}
+        video = [] if self.src_video is None else [self.src_video]
+        mask = [] if self.src_mask is None else [self.src_mask]
+        return {"src_video": video, "src_mask": mask, "src_ref_images": list(self.references)}
 
 
 @dataclass(frozen=True)
