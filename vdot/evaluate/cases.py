@@ -101,7 +101,9 @@ def is_composite(task: str) -> bool:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_bench(folder: Path | str, split: Split = "all", limit: int | None = None) -> tuple[list[Sample], list[Problem]]:
+def read_bench(
+    folder: Path | str, split: Split = "all", limit: int | None = None
+) -> tuple[list[Sample], list[Problem]]:
     """The samples of a benchmark's folder, at most ``limit`` of each task, and the rows that cannot be used.
 
     Raises:
@@ -212,7 +214,9 @@ def _read_examples(folder: Path) -> Iterator[tuple[str, Sample | Problem]]:
                 yield where, Problem(where, "prompt.txt is missing: write what the video shows")
                 continue
             video, mask = (example / f"{name}.mp4" for name in ("src_video", "src_mask"))
-            pictures = sorted(p for p in example.glob("src_ref_image_*") if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
+            pictures = sorted(
+                p for p in example.glob("src_ref_image_*") if p.suffix.lower() in (".png", ".jpg", ".jpeg")
+            )
             yield where, Sample(
                 task.name, example.name, words.read_text(encoding="utf-8").strip(),
                 video if video.is_file() else None, mask if mask.is_file() else None, tuple(pictures),
