@@ -97,13 +97,13 @@ Any option can also be written key=value, or come from --config FILE (YAML, or t
 then repeats that run byte for byte)."""
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (see --help)")
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog=prog,
         description="Make a video from text and any of a source clip, a mask and reference pictures.",
         epilog=EXAMPLES,
@@ -338,6 +338,12 @@ class Session:
                     **several,
                 )
         return self._pipeline
+
+    def release(self) -> None:
+        """Let go of the networks; they load again when needed."""
+        self._pipeline = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def prepare(self, config: GenerateConfig) -> Prepared:
         return prepare(request_of(config), checkpoint_defaults(self.info))

@@ -66,7 +66,7 @@ GROUPS = tuple(dict.fromkeys(metric.group for metric in METRICS.values()))
 
 
 class Task(Protocol):
-    """What is measured against: a :class:`~vdot.data.sprites.tasks.TaskClip`, or one without ``video`` and ``scene``."""
+    """What is measured against: a :class:`~vdot.data.sprites.tasks.TaskClip`, or the like without video and scene."""
 
     @property
     def src_video(self) -> np.ndarray | None: ...

@@ -23,7 +23,7 @@ from vdot.video.output import atomic_path
 
 NOT_MEASURED = "not measured"
 FORMULA = (
-    "score of a sample = 100 x mean over groups of mean over their metrics of clip((v - worst) / (best - worst), 0, 1); "
+    "score of a sample = 100 x mean over groups of mean over metrics of clip((v - worst) / (best - worst), 0, 1); "
     "of a task: mean over its samples; of all: mean over tasks. v is a magnitude where 0 is best. Only metrics with "
     "anchors worst and best count; what was not measured counts nowhere. VBench average = 100 x mean of its six "
     "dimensions. How the paper normalised its own average could not be established."
@@ -232,8 +232,8 @@ class Comparison:
     def markdown(self) -> str:
         a, b = self.names
         lines = [
-            f"{a} less {b}, over the same samples. An interval without 0 is a difference that other samples of the kind "
-            "would show as well.",
+            f"{a} less {b}, over the same samples. An interval without 0: other samples of the kind would "
+            "show the difference as well.",
             "",
             "| task | metric | better | difference | 95% | clear | samples |",
             "|---|---|---|--:|---|---|--:|",
@@ -241,9 +241,8 @@ class Comparison:
         for task, row in self.differences.items():
             for name, gap in row.items():
                 better = SCALES[name].better if name in SCALES else "higher"
-                lines.append(
-                    f"| {task} | {name} | {better} | {gap.mean:+.4g} | {_span(gap)} | {_verdict(gap, better)} | {gap.n} |"
-                )
+                shown = f"{gap.mean:+.4g} | {_span(gap)} | {_verdict(gap, better)} | {gap.n}"
+                lines.append(f"| {task} | {name} | {better} | {shown} |")
         return "\n".join(lines) + "\n"
 
 
@@ -274,7 +273,7 @@ def compare(a: Results, b: Results, names: tuple[str, str], resamples: int = RES
         first, second = (results.manifest.get("hashes", {}).get(part) for results in (a, b))
         if first != second:
             raise InputError(
-                f"{names[0]} and {names[1]} differ in {part} ({first} and {second}), so their difference means nothing: "
+                f"{names[0]} and {names[1]} differ in {part} ({first} and {second}): their difference means nothing; "
                 "score both with this version and the same options (--score_only)"
             )
     others = {sample.key: sample for sample in b.samples}

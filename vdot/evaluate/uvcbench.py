@@ -45,7 +45,7 @@ class Scale:
     """
 
     group: str
-    better: Better | str
+    better: Better
     unit: str
     worst: float | None
     best: float | None
@@ -119,7 +119,8 @@ SCALES: dict[str, Scale] = {
     "seconds": Scale("cost", "lower", "s", None, None, "from the prepared input to pixels, without loading", _OWN,
         "a run.json beside the video"),
     "peak_memory": Scale("cost", "lower", "GiB", None, None,
-        "most in use at once: allocated on a GPU, resident in the process on a CPU", _OWN, "a run.json beside the video"),
+        "most in use at once: allocated on a GPU, resident in the process on a CPU", _OWN,
+        "a run.json beside the video"),
 }  # fmt: skip
 GROUPS = tuple(dict.fromkeys(scale.group for scale in SCALES.values()))
 SCORED = tuple(group for group in GROUPS if any(s.group == group and s.worst is not None for s in SCALES.values()))
