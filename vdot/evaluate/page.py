@@ -211,14 +211,14 @@ pre{overflow-x:auto;background:#f4f5f8;padding:8px}
 _SCRIPT = """
 function sort(th){
   const table=th.closest("table"),body=table.tBodies[0],at=[...th.parentNode.children].indexOf(th);
-  const down=th.getAttribute("aria-sort")!=="descending";
+  const up=th.getAttribute("aria-sort")!=="ascending";
   const key=row=>{const c=row.cells[at];if(!c||c.classList.contains("none"))return null;
     return c.dataset.v!==undefined?parseFloat(c.dataset.v):c.textContent};
   const order=(a,b)=>{const x=key(a),y=key(b);if(x===null||y===null)return (x===null)-(y===null);
-    const d=typeof x==="number"&&typeof y==="number"?x-y:String(x).localeCompare(String(y));return down?-d:d};
+    const d=typeof x==="number"&&typeof y==="number"?x-y:String(x).localeCompare(String(y));return up?d:-d};
   [...body.rows].sort(order).forEach(row=>body.append(row));
   table.querySelectorAll("th").forEach(h=>h.removeAttribute("aria-sort"));
-  th.setAttribute("aria-sort",down?"descending":"ascending");
+  th.setAttribute("aria-sort",up?"ascending":"descending");
 }
 document.querySelectorAll("th").forEach(th=>{
   th.addEventListener("click",()=>sort(th));
