@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# UVCBench's ten composite tasks, first frame or reference with a control: generate, measure, report. Run again, it goes on where it was stopped.
+# UVCBench's ten composite tasks (first frame or reference, with a control): generate, measure, report; it resumes.
 #   bash benchmarks/uvcbench_composite.sh                                                    the small benchmark and model
 #   bash benchmarks/uvcbench_composite.sh --bench_dir UVCBench --ckpt_dir models/VDOT --size 480p
 #   NPROC=8 bash benchmarks/uvcbench_composite.sh --bench_dir UVCBench --ckpt_dir models/VDOT --size 480p --dit_fsdp

@@ -71,7 +71,7 @@ def _number(value: float | None, form: str = ".4g") -> str:
     """A table cell; what was not measured sorts last."""
     if value is None:
         return f'<td class="none">{NOT_MEASURED}</td>'
-    return f'<td class="n" data-v="{value!r}">{value:{form}}</td>'
+    return f'<td class="n" data-v="{float(value)!r}">{value:{form}}</td>'
 
 
 def _table(head: Sequence[tuple[str, str]], rows: Iterable[str], name: str) -> str:
@@ -86,7 +86,7 @@ def _bar(cell: Mean | None) -> str:
     span = f"left:{cell.low:.2f}%;width:{max(cell.high - cell.low, 0):.2f}%"
     title = f"{cell.mean:.2f}, {cell.low:.2f} to {cell.high:.2f}"
     return (
-        f'<td data-v="{cell.mean!r}" class="barcell" title="{title}"><div class="bar">'
+        f'<td data-v="{float(cell.mean)!r}" class="barcell" title="{title}"><div class="bar">'
         f'<i style="width:{cell.mean:.2f}%"></i><b style="{span}"></b></div><span>{cell.mean:.1f}</span></td>'
     )
 
