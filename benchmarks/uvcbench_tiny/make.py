@@ -2,9 +2,11 @@
 
     python benchmarks/uvcbench_tiny/make.py                                  # draws it anew; the files do not change
     python benchmarks/uvcbench_tiny/make.py --truth results/uvcbench/truth   # the right answers, as if generated
+    python benchmarks/uvcbench_tiny/make.py --other results/uvcbench/other   # good videos, each of the next sample
 
 Rows name the world's clip as the truth. Scoring the truth gives the best that can be had (what video compression and
-the measurements themselves cost): ``inference/uvcbench.py --score_only --save_dir results/uvcbench/truth ...``.
+the measurements themselves cost), scoring the others what a video gets that ignores everything it was asked for:
+``inference/uvcbench.py --bench_dir benchmarks/uvcbench_tiny --score_only --save_dir results/uvcbench/truth``.
 """
 
 import argparse
@@ -75,13 +77,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE, help="where to (default: this folder)")
     parser.add_argument("--samples", type=int, default=SAMPLES, help="of each task")
     parser.add_argument("--truth", type=Path, help="write the right answers there, as results, and nothing else")
+    parser.add_argument("--other", type=Path, help="the same with each sample's answer to the next one")
     args = parser.parse_args()
-    if args.truth is None:
+    if args.truth is None and args.other is None:
         make(args.out, args.samples)
-        return
-    for task in UVC:
-        for number in range(args.samples):
-            write_video(args.truth / NAMES.get(task, task) / f"{number:02d}.mp4", draw(task, number)[2].video, FPS)
+    for folder, ahead in ((args.truth, 0), (args.other, 1)):
+        for task in UVC if folder is not None else ():
+            for number in range(args.samples):
+                clip = draw(task, (number + ahead) % SAMPLES)[2]
+                write_video(folder / NAMES.get(task, task) / f"{number:02d}.mp4", clip.video, FPS)
 
 
 if __name__ == "__main__":

@@ -135,6 +135,11 @@ def test_videos_of_others_are_measured_and_bad_ones_say_so(run, bench, tmp_path)
     assert json.loads((tmp_path / "manifest.json").read_text())["hashes"]["model"] == "unknown"
 
 
+def test_a_folder_without_a_video_is_said_so(run, tmp_path):
+    code, _, err = run("--score_only", "--save_dir", tmp_path / "empty")
+    assert code == 2 and "holds no video of this benchmark" in err and not (tmp_path / "empty").exists()
+
+
 def test_one_failure_costs_one_sample(run, tmp_path, monkeypatch):
     prepare = vdot.cli.Session.prepare
 
@@ -184,7 +189,7 @@ def test_vbench_results_are_laid_beside(run, bench, tmp_path):
     assert values["vbench_aesthetic_quality"] == 0.25 and values["vbench_dynamic_degree"] is None
     (tmp_path / "v.json").write_text("{}")
     code, out, _ = run("--score_only", "--save_dir", tmp_path, "--vbench_results", tmp_path / "v.json")
-    assert code == 1 and "VBench: " in out  # it costs its own numbers alone
+    assert code == 1 and "VBench: " in out  # it costs its own numbers alone, and is not passed over
     assert load_results(tmp_path).samples[0].score is not None
 
 

@@ -32,7 +32,7 @@ from vdot.evaluate.uvcbench import (
     vbench_average,
 )
 from vdot.evaluate.vbench import DRIVER, check_python, read_vbench, run_vbench
-from vdot.video import read_frames, write_image, write_video
+from vdot.video import plan_frames, probe, read_frames, write_image, write_video
 
 BENCH = ROOT / "benchmarks" / "uvcbench_tiny"
 CLIP = moving((2, 1), 9)
@@ -318,6 +318,20 @@ def test_sources_lie_on_the_videos_own_grid(bench):
     np.testing.assert_array_equal(loaded.src_video, spread)
     trimmed = Loader(sample, "trim")((5, 32, 32, 3))
     np.testing.assert_array_equal(trimmed.src_video, read_frames(sample.src_video, range(5), (32, 32)))
+
+
+@pytest.mark.parametrize("frames, size", [(5, 64), (9, 64), (17, 32), (50, 48), (97, 32), (131, 16)])
+def test_the_frames_measured_against_are_those_generated_from(frames, size, tmp_path):
+    """Known from the video alone: its number of frames and its size give the plan that it was made by."""
+    write_video(tmp_path / "c.mp4", np.zeros((frames, size, size, 3), np.uint8), 12)
+    info = probe(tmp_path / "c.mp4")
+    for area in (16 * 16, 480 * 832):
+        for asked in (None, 5, 16, 40):
+            made = plan_frames(info, max_area=area, frame_num=asked)
+            again = plan_frames(
+                info, max_area=made.height * made.width, frame_num=made.frame_num, budget_frames=made.frame_num
+            )
+            assert again.frame_ids == made.frame_ids and (again.height, again.width) == (made.height, made.width)
 
 
 # --- results ---------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from vdot.evaluate.report import ALL
 from vdot.evaluate.results import SCORE, Measured, Results, compare, load_results, tabulate
 from vdot.evaluate.vbench import check_python, read_vbench, run_vbench
 from vdot.jobs import Job, Outcome
+from vdot.parallel.launch import Launch, own_device
 from vdot.parallel.state import Queue, Ranks
 from vdot.record import file_hash, writable
 from vdot.runtime import log, pick_device
@@ -56,6 +57,7 @@ EXAMPLES = """examples:
 
 All options of vace_wan_inference.py that are not about one video work as well: --size, --sample_steps, --offload_model,
 --ulysses_size, --dry_run, key=value, ... (see its --help)."""
+FAILED = "not measured: "
 OF_ONE_VIDEO = ("prompt", "src_video", "src_mask", "src_ref_images", "save_file", "jobs")
 
 
@@ -124,7 +126,10 @@ def _run(argv: Sequence[str], prog: str, ranks: Ranks) -> int:
         config = _with_settings(config, options.bench_dir or "")
         path, why = find_checkpoint(config.ckpt_dir)
         _check_tools(options)
-    folder = Path(config.save_dir or Path("results") / "uvcbench" / path.resolve().name)
+        folder = _folder(options, config, path)
+        device = own_device(pick_device(config.device), Launch.from_environment())
+        if options.score_only and not any((folder / f"{sample.key}.mp4").is_file() for sample in samples):
+            raise InputError(f"{folder} holds no video of this benchmark: they are named <subtask>/<sample_id>.mp4")
     outcomes: list[Outcome] = []
     if not options.score_only:
         with ranks.agree():
@@ -137,7 +142,6 @@ def _run(argv: Sequence[str], prog: str, ranks: Ranks) -> int:
             first = {sample.task: job for sample, job in reversed(list(zip(samples, jobs, strict=True)))}
             return session.describe_jobs(list(first.values())) if ranks.rank == 0 else 0
         outcomes = _generate(session, jobs, folder)
-    device = pick_device(config.device)
     with writable(folder) if ranks.rank == 0 else nullcontext():
         scorer = _scorer(options, folder, device)
         rows = score_all(samples, scorer, ranks)
@@ -145,6 +149,12 @@ def _run(argv: Sequence[str], prog: str, ranks: Ranks) -> int:
             return 0
         rows = [_with_reason(row, outcomes) for row in rows]
         return _report(samples, rows, problems, scorer, options, argv, device.type)
+
+
+def _folder(options: Options, config: GenerateConfig, checkpoint: Path) -> Path:
+    """One that the next run of the same model and split finds again, so that it goes on."""
+    split = "" if options.split == "all" else f"-{options.split}"
+    return Path(config.save_dir or Path("results") / "uvcbench" / f"{checkpoint.resolve().name}{split}")
 
 
 # --- before ----------------------------------------------------------------------------------------------------------
@@ -248,7 +258,7 @@ def _report(
     score = results.cells[ALL].get(SCORE)
     log.info("score %s, %d of %d samples measured", "not measured" if score is None else f"{score.mean:.2f}",
              len(rows) - len(failed), len(rows))  # fmt: skip
-    return 1 if failed else 0
+    return 1 if failed or vbench.startswith(FAILED) else 0
 
 
 def _with_vbench(
@@ -265,7 +275,7 @@ def _with_vbench(
             values, by = run_vbench(python, videos, folder / "vbench", device, hashes), f"by {python}"
     except (InputError, OutputError) as error:
         log.error("VBench: %s", one_line(error))
-        return rows, f"not measured: {one_line(error)}"
+        return rows, f"{FAILED}{one_line(error)}"
     return [replace(row, values=row.values | values.get(row.key, {})) for row in rows], by
 
 

@@ -1,6 +1,7 @@
 """Every sample measured once: shared by all processes, kept beside the videos, made anew when anything changed."""
 
 import json
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +20,7 @@ from vdot.evaluate.uvcbench import SCALES, Values, measure_video
 from vdot.parallel.mesh import Mesh
 from vdot.parallel.state import Queue, Ranks
 from vdot.record import file_hash
-from vdot.runtime import log
+from vdot.runtime import clock, log
 from vdot.video import probe, read_frames
 from vdot.video.output import atomic_path
 
@@ -103,13 +104,14 @@ def cost(record: Mapping[str, Any]) -> Values:
 def score_all(samples: list[Sample], scorer: Scorer, ranks: Ranks) -> list[Measured]:
     """Each process takes the next sample when it is free; all of them, in order, on the first one."""
     alone = replace(ranks, mesh=Mesh(), control=None)  # a video is measured by one process, whatever made it
-    queue = Queue(alone, len(samples), "vdot-scores")
+    queue, start = Queue(alone, len(samples), "vdot-scores"), time.perf_counter()
     for index in queue:
         measured = scorer(samples[index])
         if measured.message:
             log.warning("%s: %s", measured.key, measured.message)
-        if (index + 1) % 50 == 0:
-            log.info("measured %d of %d", index + 1, len(samples))
+        if (index + 1) % 20 == 0:  # of all processes together
+            left = (time.perf_counter() - start) / (index + 1) * (len(samples) - index - 1)
+            log.info("measured %d of %d (about %s to go)", index + 1, len(samples), clock(left))
         queue.report(index, asdict(measured))
     rows = [Measured(**row) for row in queue.collect()]
     queue.close()
