@@ -16,6 +16,7 @@ from vdot.annotate import control
 from vdot.errors import CheckpointError, InputError
 from vdot.evaluate import kept
 from vdot.evaluate.cases import COMPOSITE, SINGLE, UVC, Case, Loader, Sample, canonical, read_bench, read_settings
+from vdot.evaluate.identity import reference_similarity
 from vdot.evaluate.page import preview, render
 from vdot.evaluate.report import ALL
 from vdot.evaluate.results import NOT_MEASURED, SCORE, Measured, compare, load_results, tabulate
@@ -604,3 +605,13 @@ def test_samples_know_their_files(bench):
     sample = read_bench(folder)[0][0]
     assert sample == Sample("reference+depth", "1", "x", folder / "clip.mp4", None, (folder / "toy.png",))
     assert sample.files == {"src_video": [folder / "clip.mp4"], "src_mask": [], "src_ref_images": [folder / "toy.png"]}
+
+
+def test_a_large_picture_is_searched_as_the_same_small_one():
+    """Block means of whole blocks are the small picture's own pixels: the scores agree."""
+    picture = np.full((64, 64, 3), 255, np.uint8)
+    picture[16:48, 16:48] = (200, 30, 40)
+    small = np.stack([noise_picture(96, 96, seed=k) for k in range(2)])
+    small[:, 20:60, 30:70] = (200, 30, 40)
+    large = small.repeat(3, 1).repeat(3, 2)
+    assert reference_similarity(picture, large)[0] == pytest.approx(reference_similarity(picture, small)[0], abs=0.01)
