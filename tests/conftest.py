@@ -1,9 +1,10 @@
 """Shared fixtures: where the golden data lies, and how tensors are read from it."""
 
 import json
+import logging
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -17,6 +18,16 @@ hypothesis.settings.load_profile("vdot")
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("VDOT_SHARED", ROOT.parent / "shared"))
+
+
+@pytest.fixture(autouse=True)
+def own_logging() -> Iterator[None]:
+    """A test that runs an entry leaves the messages of the next ones where they were: in reach of ``caplog``."""
+    log = logging.getLogger("vdot")
+    before = list(log.handlers), log.level, log.propagate
+    yield
+    log.handlers[:], log.propagate = before[0], before[2]
+    log.setLevel(before[1])
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,7 @@ OPTIONS = {
     "vae_dtype": ("--vae_dtype", "TYPE", "precision of the autoencoder (default: as --dtype)"),
     "workers": ("--workers", "N", "processes that decode video (default: 2)"),
 }
-EPILOG = """the table, one example a row:
+EPILOG = """the table (or world.clips=N clips of the procedural world, see WorldConfig), one example a row:
   task_name        what the row teaches; training weighs rows by it
   src_video_path   clip to follow or edit, or empty
   mask_video_path  white generates, black keeps; or empty
@@ -38,6 +38,7 @@ EPILOG = """the table, one example a row:
 examples:
   %(prog)s --table data/train.csv --ckpt_dir models/VDOT --out data/encoded --size 480p
   torchrun --nproc_per_node 8 %(prog)s --table data/train.csv --ckpt_dir models/VDOT --out data/encoded
+  %(prog)s world.clips=24000 world.seed=1000000 --ckpt_dir models/vdot-tiny --out data/world
   %(prog)s --table mine.jsonl --ckpt_dir models/vdot-tiny --out /tmp/encoded size=128*128 skip_bad_rows=true
 
 Killed, or the table has grown? The same command again does what is left. Training then takes data.encoded=FOLDER."""

@@ -9,6 +9,7 @@ import resource
 import subprocess
 import sys
 import threading
+from concurrent.futures import wait as wait_for
 from pathlib import Path
 
 import numpy as np
@@ -162,12 +163,12 @@ def test_a_full_disk_is_told_once_and_leaves_the_former_checkpoint(tmp_path, lar
 
 
 def test_the_last_save_is_made_although_the_one_before_failed(tmp_path, messages, monkeypatch):
+    full = OSError(28, "full")
     with CheckpointStore(tmp_path) as store:
-        monkeypatch.setattr(dcp.FileSystemWriter, "write_data", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
-        store.save(1, make_state(1))
-        while not store._running[1].done():
-            pass
-        monkeypatch.undo()
+        with monkeypatch.context() as disk:
+            disk.setattr(dcp.FileSystemWriter, "write_data", lambda *_: (_ for _ in ()).throw(full))
+            store.save(1, make_state(1))
+            wait_for([store._running[1]])
         store.save(2, make_state(2), blocking=True)
         assert "step 1 could not be written" in messages.text and store.latest() == 2
 

@@ -66,9 +66,13 @@ class Source(Protocol):
 class EncodedSource:
     """Rows that ``training/encode.py`` made; each is compared with its checksum when it is read."""
 
-    def __init__(self, folder: str | Path) -> None:
-        """Reads the index and the headers of all files. ``InputError`` when one is missing or damaged."""
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, keep: int = 0) -> None:
+        """Reads the index and the headers of all files; the first ``keep`` rows read stay in memory.
+
+        ``InputError`` when a file is missing or damaged.
+        """
+        self.folder, self.keep = Path(folder), keep
+        self._kept: dict[int, dict[str, Tensor]] = {}
         self.settings = Settings.read(self.folder)
         self.records = read_index(self.folder)
         self._places = find_rows(self.folder)
@@ -89,7 +93,11 @@ class EncodedSource:
     def load(self, index: int) -> Example:
         """Text as stored; context and real latents in float32."""
         record = self.records[index]
-        stored = read_row(record.key, self._places[record.key])
+        stored = self._kept.get(index)
+        if stored is None:
+            stored = read_row(record.key, self._places[record.key])
+            if len(self._kept) < self.keep:
+                self._kept[index] = stored
         references = record.shape.references
         context, real = unpack(stored, references)
         return Example(stored["text"], context, real, references, record.task, record.prompt, index)
@@ -155,7 +163,7 @@ def open_source(
     ranks = ranks or Ranks()
     if config.encoded is not None:
         with ranks.agree():
-            source = EncodedSource(config.encoded)
+            source = EncodedSource(config.encoded, config.keep)
             check_settings(source, config, checkpoint)
         return source
     with ranks.agree():
@@ -263,7 +271,7 @@ def _row_weights(tasks: Sequence[str], weights: Mapping[str, float]) -> np.ndarr
 
 
 class Feeder:
-    """Iterator of this rank's part of each global batch, loaded ahead in threads.
+    """Iterator of this rank's part of each global batch, loaded ahead in threads, a batch in each.
 
     Rank ``dp_rank`` of ``dp_size`` gets consecutive samples of every global batch. A row whose file cannot be read is
     reported once and replaced, from then on, by another one of its group; ``failures`` counts such rows. What is no
@@ -298,7 +306,7 @@ class Feeder:
         self._bad: dict[int, str] = {}  # row -> why it cannot be read
         self._lock = Lock()
         self._pool = ThreadPoolExecutor(workers, "vdot-feeder") if workers else None
-        self._ahead: deque[list[Future[Example]]] = deque()
+        self._ahead: deque[Future[Batch]] = deque()
         self._prefetch = prefetch
 
     @property
@@ -318,15 +326,13 @@ class Feeder:
     def __next__(self) -> Batch:
         """Never ends. ``InputError`` when no row of a group can be read any more; other errors as they are."""
         if self._pool is None:
-            examples = [self._load(self.number, place, row) for place, row in self._share(self.number)]
+            batch = self._batch(self.number)
         else:
             while len(self._ahead) <= self._prefetch:
-                number = self.number + len(self._ahead)
-                self._ahead.append([self._pool.submit(self._load, number, *each) for each in self._share(number)])
-            examples = [future.result() for future in self._ahead.popleft()]
-        first = self.number * self.sampler.batch_size
+                self._ahead.append(self._pool.submit(self._batch, self.number + len(self._ahead)))
+            batch = self._ahead.popleft().result()
         self.number += 1
-        return collate(examples, [first + place for place in self.places])
+        return batch
 
     def close(self) -> None:
         """Drop what was loaded ahead and wait for the threads to end. Also after an error, and twice."""
@@ -334,10 +340,11 @@ class Feeder:
             self._pool.shutdown(wait=True, cancel_futures=True)
         self._ahead.clear()
 
-    def _share(self, number: int) -> list[tuple[int, int]]:
-        """(place in the global batch, row) of this rank's samples."""
-        rows = self.sampler.draw(number)
-        return [(place, rows[place]) for place in self.places]
+    def _batch(self, number: int) -> Batch:
+        """This rank's samples of global batch ``number``."""
+        rows, first = self.sampler.draw(number), number * self.sampler.batch_size
+        examples = [self._load(number, place, rows[place]) for place in self.places]
+        return collate(examples, [first + place for place in self.places])
 
     def _load(self, number: int, place: int, drawn: int) -> Example:
         """The drawn row or, if its file is at fault, the first substitute that loads."""

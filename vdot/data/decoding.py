@@ -38,6 +38,7 @@ class Pixels:
     real: np.ndarray | None  # uint8 [T, H, W, 3]
     condition_key: bytes  # equal for equal conditions
     real_key: bytes
+    prompt: str | None = None  # of a row that has its words only once it is drawn
 
     def condition(self) -> Condition:
         """As :func:`vdot.request.prepare` makes it, bit for bit."""
@@ -92,7 +93,7 @@ class FatalRowError(InputError):
 
 
 class Workers:
-    """Processes that run ``function``, which lives in an importable module; ``call`` may come from many threads.
+    """Processes that run ``function``, which can be pickled; ``call`` may come from many threads.
 
     A process that dies or hangs is reported, started anew and given its call once more. What kills two processes in a
     row is a fault of the call: ``FatalRowError``. Without processes the calls are made where they come from.

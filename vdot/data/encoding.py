@@ -10,10 +10,11 @@ import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,10 +24,10 @@ from vdot.checkpoints import inspect_checkpoint, load_text_encoder, load_vae
 from vdot.checkpoints.layouts import find_layout
 from vdot.checkpoints.loading import Weights, read_headers
 from vdot.checkpoints.reading import Rows
-from vdot.conditioning import encode_context
+from vdot.conditioning import encode_context, split_clips
 from vdot.data.batch import Example
 from vdot.data.decoding import Pixels, Workers, decode
-from vdot.data.manifest import BadRow, Entry, Layout, TableConfig, check_table, explain
+from vdot.data.manifest import BadRow, Entry, Layout, Row, TableConfig, check_table, explain
 from vdot.data.shards import (
     META,
     NEGATIVE,
@@ -41,6 +42,7 @@ from vdot.data.shards import (
     write_index,
     write_shard,
 )
+from vdot.data.world import WorldConfig, draw_pixels, world_rows
 from vdot.errors import ConfigError, InputError, one_line
 from vdot.models.text_encoder import UMT5TextEncoder
 from vdot.models.vae import WanVAE
@@ -51,9 +53,12 @@ from vdot.runtime import log, pick_dtype
 from vdot.video import to_model
 from vdot.video.output import remove_leftovers
 
-SHARD_BYTES = 512 << 20  # a shard is closed at this size, or at SHARD_ROWS: a killed run loses no more than one
+SHARD_BYTES = (
+    512 << 20
+)  # a shard is closed at this size, or at SHARD_ROWS (more of small ones): a killed run loses one at most
 SHARD_ROWS = 64
 ENCODERS = ("text_encoder", "vae")
+TOGETHER = 64  # small clips in one forward pass of the autoencoder
 
 
 # -- one row ----------------------------------------------------------------------------------------------------------
@@ -99,6 +104,42 @@ class Encoder:
         if example.shape != entry.shape:
             raise InputError(f"the files of line {row.line} have changed: they give {example.shape}, not {entry.shape}")
         return example
+
+    @torch.no_grad()
+    def encode_many(self, rows: Sequence[tuple[Entry, Pixels]]) -> list[Example]:
+        """As :meth:`encode`, for small clips: those of all rows go through the networks together."""
+        with self._lock:
+            prompts = [entry.row.prompt if pixels.prompt is None else pixels.prompt for entry, pixels in rows]
+            embedded, lengths = self.text_encoder(prompts)
+            texts = [text[:length].cpu() for text, length in zip(embedded, lengths.tolist(), strict=True)]
+            conditions = [pixels.condition() for _, pixels in rows]
+            clips = [clip for condition in conditions for clip in split_clips(condition)[0]]
+            clips += [to_model(pixels.real) for _, pixels in rows if pixels.real is not None]
+            latents = iter(self._encode_clips(clips))
+            contexts = [
+                encode_context(self.vae, condition, "cpu", lambda clips: [next(latents) for _ in clips])[0]
+                for condition in conditions
+            ]
+            reals = [None if pixels.real is None else next(latents) for _, pixels in rows]
+        examples = []
+        for (entry, pixels), prompt, text, context, real in zip(rows, prompts, texts, contexts, reals, strict=True):
+            references = len(pixels.references)
+            whole = None if real is None else torch.cat([context[:16, :references], real], dim=1)
+            examples.append(Example(text, context, whole, references, entry.row.task, prompt, 0))
+        return examples
+
+    def _encode_clips(self, clips: Sequence[Tensor]) -> list[Tensor]:
+        """``[3, T, H, W]`` each -> latents ``[16, F, h, w]`` on the CPU, in batches of one shape; equal clips once."""
+        keys = [(tuple(clip.shape), blake2b(clip.numpy().tobytes(), digest_size=16).digest()) for clip in clips]
+        distinct = dict(zip(keys, clips, strict=True))
+        made: dict[Any, Tensor] = {}
+        for shape in {shape for shape, _ in distinct}:
+            group = [key for key in distinct if key[0] == shape]
+            for first in range(0, len(group), TOGETHER):
+                part = group[first : first + TOGETHER]
+                batch = torch.stack([distinct[key] for key in part]).to(self.device)
+                made.update(zip(part, self.vae.encode(batch).float().cpu(), strict=True))
+        return [made[key] for key in keys]
 
     def _context(self, pixels: Pixels) -> Tensor:
         return encode_context(self.vae, pixels.condition(), self.device)[0].cpu()
@@ -172,10 +213,87 @@ def settings_of(checkpoint: str | Path, layout: Layout, encoder: Encoder, store:
 # -- the whole table --------------------------------------------------------------------------------------------------
 
 
+class Reader(Protocol):
+    """Where the pixels of rows come from."""
+
+    together: int  # rows that are encoded at once
+    function: Callable[..., Pixels]  # makes them, in a process of its own
+
+    def arguments(self, entry: Entry) -> tuple[Any, ...]:
+        """What ``function`` is given."""
+        ...
+
+    def paired(self, entry: Entry) -> bool:
+        """Whether there is a real clip."""
+        ...
+
+    def identify(self, entry: Entry) -> Iterator[str]:
+        """All that decides the pixels; ``OSError`` when a file cannot be read."""
+        ...
+
+
+class FileReader:
+    """A table's files. Those of one row are hundreds of megabytes of pixels: one row at a time."""
+
+    together = 1
+    function = staticmethod(decode)
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+
+    def arguments(self, entry: Entry) -> tuple[Any, ...]:
+        return entry.row, self.layout
+
+    def paired(self, entry: Entry) -> bool:
+        return entry.paired
+
+    def identify(self, entry: Entry) -> Iterator[str]:
+        row = entry.row
+        for column, path in (("source", row.src_video), ("mask", row.src_mask), ("real", row.video)):
+            yield f"{column} {_hash_file(path) if path else None} "
+        for path in row.references:
+            yield f"reference {_hash_file(path)} "
+
+
+class WorldReader:
+    """Clips of the procedural world, in place of files."""
+
+    together = TOGETHER
+    function = staticmethod(draw_pixels)
+
+    def __init__(self, config: WorldConfig) -> None:
+        self.config = config
+
+    def arguments(self, entry: Entry) -> tuple[Any, ...]:
+        return self.config, entry.row.line, entry.row.task
+
+    def paired(self, entry: Entry) -> bool:
+        return True
+
+    def identify(self, entry: Entry) -> Iterator[str]:
+        c = self.config
+        yield repr((entry.row.line, entry.row.task, c.size, c.frames, c.seed, c.split))
+
+
+def open_rows(config: "EncodeConfig", defaults: Defaults, ranks: Ranks) -> tuple[Sequence[Entry], Layout, Reader]:
+    """The table's rows, or the world's; ``ConfigError`` if both are named."""
+    world = config.world
+    if config.path is not None and world.clips:
+        raise ConfigError("name what to encode once: a table (--table), or world.clips of the procedural world")
+    if not world.clips:
+        entries, layout = check_table(config, defaults, ranks)
+        return entries, layout, FileReader(layout)
+    layout = Layout(f"{world.size}*{world.size}", world.frames, "spread", None, world.frames)
+    tasks, shapes = world_rows(world)
+    rows = [Entry(Row(i, task, ""), shape) for i, (task, shape) in enumerate(zip(tasks, shapes, strict=True))]
+    return rows, layout, WorldReader(world)
+
+
 @dataclass
 class EncodeConfig(TableConfig):
     """``training/encode.py``: a table once through text encoder and autoencoder."""
 
+    world: WorldConfig = field(default_factory=WorldConfig)  # clips of the procedural world in place of a table
     ckpt_dir: str | None = None
     out: str | None = None
     store: str = "bfloat16"  # type of text and contexts on disk: bfloat16 or float32
@@ -246,11 +364,11 @@ def open_folder(folder: Path, settings: Settings, encoder: Encoder) -> None:
 class TableEncoder:
     """Encodes rows that are not in ``folder`` yet; each rank has one, and they share nothing but the folder."""
 
-    def __init__(self, encoder: Encoder, folder: Path, settings: Settings, workers: int = 2) -> None:
-        self.encoder, self.folder, self.settings = encoder, folder, settings
+    def __init__(self, encoder: Encoder, folder: Path, settings: Settings, reader: Reader, workers: int = 2) -> None:
+        self.encoder, self.folder, self.settings, self.reader = encoder, folder, settings, reader
         self.there = set(find_rows(folder))
         self._ahead = max(1, workers)
-        self._workers = Workers(decode, workers)
+        self._workers = Workers(reader.function, workers)
         self._threads = ThreadPoolExecutor(self._ahead, "vdot-encode")
         self._settings_text = json.dumps(settings.of_rows(), sort_keys=True)
 
@@ -271,17 +389,20 @@ class TableEncoder:
         seconds: dict[str, float] = {}
         errors: dict[str, Exception] = {}
         shard = _Shard(self.folder)
-        for key, entry, pixels in self._decoded(todo):
+        decoded = self._decoded(todo)
+        while part := list(islice(decoded, self.reader.together)):
+            errors |= {key: pixels for key, _, pixels in part if isinstance(pixels, Exception)}
+            rows = [(key, entry, pixels) for key, entry, pixels in part if not isinstance(pixels, Exception)]
+            start = time.perf_counter()
             try:
-                start = time.perf_counter()
-                if isinstance(pixels, Exception):
-                    raise pixels
-                stored = pack(self.encoder.encode(entry, pixels, 0), STORE[self.settings.store])
+                examples = self._examples([(entry, pixels) for _, entry, pixels in rows])
             except (InputError, OSError) as error:
-                errors[key] = error
-            else:
-                shard.add(key, stored)
-                seconds[key] = time.perf_counter() - start
+                errors |= {key: error for key, _, _ in rows}
+                continue
+            each = (time.perf_counter() - start) / max(1, len(rows))
+            for (key, _, _), example in zip(rows, examples, strict=True):
+                shard.add(key, pack(example, STORE[self.settings.store]))
+                seconds[key] = each
         shard.close()
         self.there.update(seconds)
 
@@ -293,33 +414,35 @@ class TableEncoder:
 
         return [outcome(key, entry) for key, entry in zip(keys, entries, strict=True)]
 
+    def _examples(self, rows: list[tuple[Entry, Pixels]]) -> list[Example]:
+        if self.reader.together == 1:
+            return [self.encoder.encode(entry, pixels, 0) for entry, pixels in rows]
+        return self.encoder.encode_many(rows) if rows else []
+
     def _key(self, entry: Entry) -> str | Exception:
         """Of a row's contents, or why they cannot be read."""
-        row = entry.row
         digest = blake2b(self._settings_text.encode(), digest_size=16)
-        digest.update(json.dumps(row.prompt).encode())
+        digest.update(json.dumps(entry.row.prompt).encode())
         try:
-            for column, path in (("source", row.src_video), ("mask", row.src_mask), ("real", row.video)):
-                digest.update(f"{column} {_hash_file(path) if path else None} ".encode())
-            for path in row.references:
-                digest.update(f"reference {_hash_file(path)} ".encode())
+            for part in self.reader.identify(entry):
+                digest.update(part.encode())
         except OSError as error:
             return error
         return digest.hexdigest()
 
     def _decoded(self, todo: dict[str, Entry]) -> Iterator[tuple[str, Entry, Pixels | Exception]]:
-        """Pixels of the rows in order, decoded a few ahead: those of one row are hundreds of megabytes."""
+        """Pixels of the rows in order, decoded a few ahead."""
 
         def read(entry: Entry) -> Pixels | Exception:
             try:
-                return self._workers.call(entry.row, self.settings.layout)
+                return self._workers.call(*self.reader.arguments(entry))
             except (InputError, OSError) as error:
                 return error
 
         waiting = deque(todo.items())
         begun: deque[tuple[str, Entry, Future[Pixels | Exception]]] = deque()
         while waiting or begun:
-            while waiting and len(begun) <= self._ahead:
+            while waiting and len(begun) <= self._ahead + 2 * self.reader.together:
                 key, entry = waiting.popleft()
                 begun.append((key, entry, self._threads.submit(read, entry)))
             key, entry, future = begun.popleft()
@@ -356,18 +479,28 @@ def _hash_file(path: str) -> str:
 
 
 def encode_rows(
-    entries: Sequence[Entry], encoder: Encoder, folder: Path, settings: Settings, ranks: Ranks, workers: int = 2
+    entries: Sequence[Entry],
+    encoder: Encoder,
+    folder: Path,
+    settings: Settings,
+    reader: Reader,
+    ranks: Ranks,
+    workers: int = 2,
 ) -> Summary | None:
     """Encode ``entries`` into a folder that :func:`open_folder` made; ranks take chunks of the table as they get free.
 
     Each rank works for itself (``vdot.parallel.launch.arrange`` with 1 and 1). The first one gets the summary.
     """
+    most = max(SHARD_ROWS, 8 * reader.together)
     # Small enough that the ranks end at about the same time.
-    chunk = SHARD_ROWS if ranks.world == 1 else max(1, min(SHARD_ROWS, len(entries) // (4 * ranks.world)))
+    chunk = most if ranks.world == 1 else max(1, min(most, len(entries) // (4 * ranks.world)))
     chunks = [entries[i : i + chunk] for i in range(0, len(entries), chunk)]
     queue = Queue(ranks, len(chunks))
     # Chunks are handed out in order: the number of the last one is how far all ranks have come.
-    with TableEncoder(encoder, folder, settings, workers) as table, _Progress(len(entries), ranks.rank == 0) as bar:
+    with (
+        TableEncoder(encoder, folder, settings, reader, workers) as table,
+        _Progress(len(entries), ranks.rank == 0) as bar,
+    ):
         for number in queue:
             bar.reach(number * chunk)
             queue.report(number, [asdict(outcome) for outcome in table.encode(chunks[number])])
@@ -414,7 +547,7 @@ def encode_table(config: EncodeConfig, device: torch.device, ranks: Ranks) -> Su
             raise ConfigError("give the checkpoint that encodes (ckpt_dir) and the folder to fill (out)")
         folder, info = Path(config.out), inspect_checkpoint(config.ckpt_dir)
         defaults = Defaults.from_dict(info.defaults or {}, f"{info.path}/defaults.json")
-    entries, layout = check_table(config, defaults, ranks)
+    entries, layout, reader = open_rows(config, defaults, ranks)
     with ranks.agree():
         encoder = load_encoder(info.path, device, config.dtype, config.vae_dtype)
         negative = defaults.negative_prompt if config.negative_prompt is None else config.negative_prompt
@@ -423,7 +556,7 @@ def encode_table(config: EncodeConfig, device: torch.device, ranks: Ranks) -> Su
         if ranks.rank == 0:
             open_folder(folder, settings, encoder)
     arrange(ranks, device, 1, 1)
-    summary = encode_rows(entries, encoder, folder, settings, ranks, config.workers)
+    summary = encode_rows(entries, encoder, folder, settings, reader, ranks, config.workers)
     if summary is not None:
         bad = summary.bad
         for line in explain(bad):
@@ -433,14 +566,14 @@ def encode_table(config: EncodeConfig, device: torch.device, ranks: Ranks) -> Su
                 f"{len(bad)} of {len(entries)} rows could not be encoded (each is listed above), the rest is there: "
                 "mend them and run again, or leave them out with skip_bad_rows"
             )
-        write_index(folder, _records(entries, summary.outcomes))
+        write_index(folder, _records(entries, summary.outcomes, reader))
     return summary
 
 
-def _records(entries: Sequence[Entry], outcomes: Sequence[Outcome]) -> list[Record]:
+def _records(entries: Sequence[Entry], outcomes: Sequence[Outcome], reader: Reader) -> list[Record]:
     """The rows that training reads, in the order of the table."""
     return [
-        Record(outcome.key, entry.row.line, entry.row.task, entry.row.prompt, entry.paired, entry.shape)
+        Record(outcome.key, entry.row.line, entry.row.task, entry.row.prompt, reader.paired(entry), entry.shape)
         for entry, outcome in zip(entries, outcomes, strict=True)
         if outcome.key is not None
     ]

@@ -69,6 +69,7 @@ class DataConfig(TableConfig):
     encoded: str | None = None
     task_weights: dict[str, float] = field(default_factory=dict)  # relative; 1 for a task that is not named
     prefetch: int = 2  # batches loaded ahead
+    keep: int = 0  # encoded rows that stay in memory, so that small ones are read and checked once
 
 
 @dataclass(frozen=True)

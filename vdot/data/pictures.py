@@ -5,16 +5,18 @@ Sources split into what is kept and what changes, controls, grey where nothing i
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vdot.conditioning import split_clips
+from vdot.data.decoding import Workers
 from vdot.data.sprites import TASKS, draw_task
 from vdot.data.world import WorldConfig
 from vdot.errors import ConfigError
@@ -77,7 +79,7 @@ def _window(clip: Tensor, frames: int, rng: np.random.Generator) -> Tensor:
 
 
 class PictureFeeder:
-    """Iterator of one rank's part of each batch, drawn ahead in threads.
+    """Iterator of one rank's part of each batch, drawn ahead.
 
     Batches take the lengths of their stage in turn, and as many clips as make up ``clips`` of the longest; of these the
     share ``conditions`` is not real clips.
@@ -94,19 +96,21 @@ class PictureFeeder:
 
     @contextmanager
     def batches(self, start: int, workers: int, prefetch: int) -> Iterator[Iterator[Pictures]]:
-        """From batch ``start`` on, without end."""
+        """From batch ``start`` on, without end, drawn in ``workers`` processes; with none, in a thread of this one."""
+        processes = Workers(self.draw, workers)
         with ThreadPoolExecutor(max(1, workers), "vdot-pictures") as pool:
             try:
-                yield self._ahead(pool, start, prefetch)
+                yield self._ahead(partial(pool.submit, processes.call), start, max(prefetch, workers))
             finally:
+                processes.close()
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def _ahead(self, pool: ThreadPoolExecutor, start: int, prefetch: int) -> Iterator[Pictures]:
+    def _ahead(self, submit: Callable[[int], Future[Pictures]], start: int, prefetch: int) -> Iterator[Pictures]:
         ahead: deque[Future[Pictures]] = deque()
         number = start
         while True:
             while len(ahead) <= prefetch:
-                ahead.append(pool.submit(self.draw, number))
+                ahead.append(submit(number))
                 number += 1
             yield ahead.popleft().result()
 

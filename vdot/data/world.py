@@ -2,18 +2,21 @@
 
 import threading
 from collections import OrderedDict
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from vdot.data.batch import Example, Shape
-from vdot.data.decoding import pixels_of
-from vdot.data.encoding import Encoder
+from vdot.data.decoding import Pixels, pixels_of
 from vdot.data.manifest import Entry, Row
 from vdot.data.sprites import TASKS, TaskClip, count_references, draw_task
 from vdot.data.sprites.scene import Split
 from vdot.errors import ConfigError
 from vdot.request import Defaults, Request, prepare
+
+if TYPE_CHECKING:
+    from vdot.data.encoding import Encoder
 
 
 @dataclass
@@ -50,10 +53,21 @@ def _size(config: WorldConfig) -> dict[str, int]:
     return {"frames": config.frames, "width": config.size, "height": config.size}
 
 
+def draw_clip(config: WorldConfig, index: int, task: str) -> TaskClip:
+    """Clip ``index``: scene ``seed + index`` as ``task``."""
+    return draw_task(config.seed + index, task, _split(config.split), **_size(config))
+
+
+def draw_pixels(config: WorldConfig, index: int, task: str) -> Pixels:
+    """What is encoded of a clip, and its words."""
+    clip = draw_clip(config, index, task)
+    return replace(pixels_of(prepare(Request(**clip.request()), Defaults()), clip.video), prompt=clip.prompt)
+
+
 class WorldSource:
     """Clip ``i`` shows scene ``seed + i`` as one of the tasks, in turn."""
 
-    def __init__(self, config: WorldConfig, encoder: Encoder, negative_prompt: str) -> None:
+    def __init__(self, config: WorldConfig, encoder: "Encoder", negative_prompt: str) -> None:
         self.config, self.encoder = config, encoder
         self.tasks, self.shapes = world_rows(config)
         self.paired = [True] * config.clips
@@ -65,17 +79,12 @@ class WorldSource:
     def __len__(self) -> int:
         return self.config.clips
 
-    def clip(self, index: int) -> TaskClip:
-        c = self.config
-        return draw_task(c.seed + index, self.tasks[index], _split(c.split), **_size(c))
-
     def load(self, index: int) -> Example:
         with self._lock:
             if index in self._kept:
                 return self._kept[index]
-        clip = self.clip(index)
-        pixels = pixels_of(prepare(Request(**clip.request()), Defaults()), clip.video)
-        entry = Entry(Row(index, clip.task, clip.prompt), self.shapes[index])
+        pixels = draw_pixels(self.config, index, self.tasks[index])
+        entry = Entry(Row(index, self.tasks[index], pixels.prompt or ""), self.shapes[index])
         example = self.encoder.encode(entry, pixels, index)
         with self._lock:
             self._kept[index] = example

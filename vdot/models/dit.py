@@ -171,16 +171,19 @@ def padding_bias(lengths: tuple[int, ...], kept: int, total: int) -> Tensor:
     with biases ``b_j`` do the same if ``sum_j e^(b_j) = n``. The b_j are peeled off greedily as bfloat16 numbers, so
     the sum is right to 1e-6 of n even when attention runs in bfloat16, where log(n) itself would be off by a percent.
     """
-    bias = torch.zeros(len(lengths), 1, 1, kept)
-    for row, length in enumerate(lengths):
-        remainder = float(total - length)
-        for column in range(length, kept):
-            if remainder <= 1e-6 * (total - length):
-                bias[row, ..., column] = -torch.inf
-                continue
-            b = _bfloat16_below(math.log(remainder))
-            bias[row, ..., column] = b
-            remainder -= math.exp(b)
+    return torch.stack([_padding_row(length, kept, total) for length in lengths])[:, None, None]
+
+
+@lru_cache(maxsize=1024)
+def _padding_row(length: int, kept: int, total: int) -> Tensor:
+    bias, remainder = torch.zeros(kept), float(total - length)
+    for column in range(length, kept):
+        if remainder <= 1e-6 * (total - length):
+            bias[column] = -torch.inf
+            continue
+        b = _bfloat16_below(math.log(remainder))
+        bias[column] = b
+        remainder -= math.exp(b)
     return bias
 
 

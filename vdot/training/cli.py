@@ -103,6 +103,7 @@ def _run(argv: Sequence[str], prog: str, ranks: Ranks) -> int:
     with ranks.agree():
         config, args = parse(argv, prog)
         device = own_device(pick_device(config.device), Launch.from_environment())
+        torch.set_float32_matmul_precision("high" if config.parallel.tf32 else "highest")
         if config.ckpt_dir is not None:
             inspect_checkpoint(config.ckpt_dir)
     if args.dry_run:
