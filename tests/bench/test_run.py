@@ -160,8 +160,10 @@ def test_two_results_are_compared(run, tmp_path, capsys):
         run("--save_dir", tmp_path / name, "--base_seed", seed)
     assert main(["--compare", str(tmp_path / "a"), str(tmp_path / "b"), "--save_dir", str(tmp_path / "c")]) == 0
     out = capsys.readouterr().out
-    assert "| all | score | higher |" in out and "| gray | gray_error | lower |" in out
-    assert (tmp_path / "c" / "comparison.md").read_text() in out + "\n"
+    assert "| all | score | higher |" in out and "| all | gray_error | lower |" in out and "| gray | score |" in out
+    assert "| gray | gray_error | lower |" in (tmp_path / "c" / "comparison.md").read_text()
+    saved = json.loads((tmp_path / "c" / "comparison.json").read_text())["differences"]
+    assert saved["gray"]["gray_error"]["n"] == 1 and saved["all"]["score"]["n"] == 3
     run("--save_dir", tmp_path / "few", "--split", "single")
     assert main(["--compare", str(tmp_path / "a"), str(tmp_path / "few")]) == 2
     assert "differ in benchmark" in capsys.readouterr().err

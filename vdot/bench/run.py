@@ -295,10 +295,12 @@ def _previews(results: Results, samples: list[Sample], scorer: Scorer, count: in
 
 def _compare(folders: tuple[str, str], save_dir: str | None) -> int:
     a, b = (load_results(folder) for folder in folders)
-    text = compare(a, b, folders).markdown()
-    log.info("%s", text.rstrip())
-    if save_dir is not None:
-        with writable(Path(save_dir)) as folder, atomic_path(folder / "comparison.md") as temporary:
-            Path(temporary).write_text(text, encoding="utf-8")
-        log.info("%s", Path(save_dir) / "comparison.md")
+    found = compare(a, b, folders)
+    log.info("%s", found.markdown(whole=False).rstrip())
+    if save_dir is None:
+        log.info("every metric of every task: with --save_dir FOLDER, which gets comparison.md and comparison.json")
+        return 0
+    with writable(Path(save_dir)) as folder:
+        found.save(folder)
+    log.info("%s: comparison.md, comparison.json", folder)
     return 0

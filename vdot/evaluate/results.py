@@ -229,7 +229,16 @@ class Comparison:
     names: tuple[str, str]
     differences: dict[str, dict[str, Difference]]
 
-    def markdown(self) -> str:
+    def save(self, folder: Path) -> None:
+        """``comparison.md`` and ``comparison.json``."""
+        gaps = {task: {name: asdict(gap) for name, gap in row.items()} for task, row in self.differences.items()}
+        text = json.dumps({"a": self.names[0], "b": self.names[1], "differences": gaps}, indent=1) + "\n"
+        for name, content in (("comparison.md", self.markdown()), ("comparison.json", text)):
+            with atomic_path(folder / name) as temporary:
+                Path(temporary).write_text(content, encoding="utf-8")
+
+    def markdown(self, whole: bool = True) -> str:
+        """Every metric of every task; not ``whole``: of all samples, and the score of every task."""
         a, b = self.names
         lines = [
             f"{a} less {b}, over the same samples. An interval without 0: other samples of the kind would "
@@ -240,6 +249,8 @@ class Comparison:
         ]
         for task, row in self.differences.items():
             for name, gap in row.items():
+                if not whole and task != ALL and name not in (SCORE, VBENCH_AVERAGE):
+                    continue
                 better = SCALES[name].better if name in SCALES else "higher"
                 shown = f"{gap.mean:+.4g} | {_span(gap)} | {_verdict(gap, better)} | {gap.n}"
                 lines.append(f"| {task} | {name} | {better} | {shown} |")
