@@ -25,7 +25,7 @@ def measure(folder: str, world: int) -> tuple[list[Any], int]:
 
     samples = [Sample("gray", f"{i}", "words", clips / "source.mp4") for i in range(5)]
     ranks = Ranks() if world == 1 else Ranks(rank=dist.get_rank(), world=world)
-    rows = score_all(samples, Counting(clips / f"of{world}", "how"), ranks)
+    rows = score_all(samples, Counting(clips / f"of{world}", {"by": "test"}), ranks)
     return [(row.key, row.values, row.message) for row in rows], count
 
 

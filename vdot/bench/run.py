@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from vdot.bench.manifest import digest, manifest, measurement
+from vdot.bench.manifest import manifest, measurement
 from vdot.bench.scoring import Scorer, score_all
 from vdot.checkpoints import inspect_checkpoint
 from vdot.cli import Parser, Session, check_model_name, check_options, find_checkpoint, open_session, parse
@@ -217,7 +217,7 @@ def _generate(session: Session, jobs: list[Job], folder: Path) -> list[Outcome]:
 def _scorer(options: Options, folder: Path, device: torch.device) -> Scorer:
     clip = None if options.clip_model is None else ClipText(options.clip_model, device)
     dino = None if options.dino_model is None else DinoIdentity(options.dino_model, device)
-    return Scorer(folder, digest(measurement(options.clip_model, options.dino_model)), clip, dino)
+    return Scorer(folder, measurement(options.clip_model, options.dino_model), clip, dino)
 
 
 def _with_reason(row: Measured, outcomes: Sequence[Outcome]) -> Measured:
@@ -242,8 +242,7 @@ def _report(
         "bad_rows": [str(problem) for problem in problems],
     }  # fmt: skip
     records = [record for record in map(scorer.record, samples) if record]
-    measured = measurement(options.clip_model, options.dino_model)
-    notes = manifest(samples, {s.key: hashes.get(s.key) for s in samples}, records, measured, told)
+    notes = manifest(samples, {s.key: hashes.get(s.key) for s in samples}, records, scorer.how, told)
     results = tabulate(rows, notes)
     results.save(folder)
     with atomic_path(folder / "manifest.json") as temporary:

@@ -29,10 +29,10 @@ MISSING = "no video"
 
 @dataclass(frozen=True)
 class Scorer:
-    """Measures samples whose videos lie in ``folder``; ``measurement`` is the hash of how."""
+    """Measures samples whose videos lie in ``folder``; ``how`` is :func:`vdot.bench.manifest.measurement`'s."""
 
     folder: Path
-    measurement: str
+    how: Mapping[str, Any]
     clip: ClipText | None = None
     dino: DinoIdentity | None = None
 
@@ -72,7 +72,7 @@ class Scorer:
         """From ``scores/<key>.json``, if that speaks of this video and this way of measuring."""
         path = self.folder / "scores" / f"{sample.key}.json"
         timing = {name: record.get("config", {}).get(name) for name in ("frame_mode", "fps")}
-        of = digest([self.measurement, file_hash(self.video(sample)), sample_hash(sample), timing])
+        of = digest([dict(self.how), file_hash(self.video(sample)), sample_hash(sample), timing])
         with suppress(OSError, ValueError, KeyError, TypeError):
             known = json.loads(path.read_text(encoding="utf-8"))
             if known["of"] == of:
