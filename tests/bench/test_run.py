@@ -15,8 +15,9 @@ import pytest
 import vdot.cli
 from tests.conftest import ROOT, TINY
 from vdot import VdotPipeline
-from vdot.bench.run import main, parse_options
+from vdot.bench.run import _with_settings, main, parse_options
 from vdot.bench.scoring import cost
+from vdot.config import GenerateConfig
 from vdot.errors import ConfigError
 from vdot.evaluate.cases import read_bench
 from vdot.evaluate.report import ALL
@@ -213,6 +214,12 @@ def test_options_are_checked(args, words):
 def test_options_of_the_generator_go_through():
     options, config = parse_options(["--bench_dir", "b", "--limit", "2", "--size", "64*64", "sample_steps=3"], "p")
     assert (options.limit, options.split, config.size, config.sample_steps) == (2, "all", "64*64", 3)
+
+
+def test_a_benchmark_says_its_size_and_options_overrule_it():
+    said = _with_settings(GenerateConfig(), str(SHARE))
+    assert (said.size, said.frame_num) == ("64*64", 17)
+    assert _with_settings(GenerateConfig(size="32*32"), str(SHARE)) == GenerateConfig(size="32*32", frame_num=17)
 
 
 @pytest.mark.parametrize("options, words", [
