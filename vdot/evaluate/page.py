@@ -142,18 +142,22 @@ def _task(results: Results, task: str, previews: Mapping[str, tuple[str, bytes]]
         if row.message:
             lines.append(
                 f'<tr class="failed"><td>{_e(row.sample_id)}</td><td class="none">{NOT_MEASURED}</td>'
-                f'<td colspan="{len(names)}">{_e(row.message)}</td><td>{_e(row.prompt)}</td></tr>'
+                f'<td colspan="{len(names)}">{_e(row.message)}</td>{_prompt(row)}</tr>'
             )
             continue
         cells = "".join(_number(row.values.get(name)) for name in names)
-        lines.append(f"<tr><td>{link}</td>{_number(row.score, '.1f')}{cells}<td class='p'>{_e(row.prompt)}</td></tr>")
+        lines.append(f"<tr><td>{link}</td>{_number(row.score, '.1f')}{cells}{_prompt(row)}</tr>")
     videos = "".join(_figure(row, *previews[row.key]) for row in rows if row.key in previews)
     shown = sum(row.key in previews for row in rows)
     return (
-        f'<section id="task-{_e(task)}"><h2>{_e(task)}</h2>{_table(head, lines, f"samples-{task}")}'
+        f'<section id="task-{_e(task)}"><h2>{_e(task)}</h2>'
         f"<h3>Worst first{'' if shown == len(rows) else f', {shown} of {len(rows)}'}</h3>"
-        f'<div class="videos">{videos}</div></section>'
+        f'<div class="videos">{videos}</div>{_table(head, lines, f"samples-{task}")}</section>'
     )
+
+
+def _prompt(row: Measured) -> str:
+    return f'<td class="p" title="{_e(row.prompt)}">{_e(row.prompt)}</td>'
 
 
 def _figure(row: Measured, names: str, video: bytes) -> str:
@@ -199,7 +203,7 @@ th,td{padding:3px 8px;border-bottom:1px solid #e3e5ea;text-align:left;vertical-a
 th{cursor:pointer;background:#f4f5f8;user-select:none;white-space:nowrap}
 th[aria-sort=ascending]::after{content:" \\25b2"}th[aria-sort=descending]::after{content:" \\25bc"}
 td.n{text-align:right;font-variant-numeric:tabular-nums}td.none{color:#9aa0ab;white-space:nowrap}
-td.p{min-width:24em}tr.failed{background:#fff2f0}
+td.p{max-width:28em;white-space:nowrap;overflow:hidden;text-overflow:ellipsis}tr.failed{background:#fff2f0}
 .barcell{white-space:nowrap}.bar{display:inline-block;position:relative;width:110px;height:11px;background:#eceef2}
 .bar i{position:absolute;left:0;top:0;bottom:0;background:#3d7bd9}
 .bar b{position:absolute;top:4px;height:3px;background:#12305c}.barcell span{margin-left:6px}
