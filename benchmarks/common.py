@@ -74,14 +74,17 @@ def count_flops(call: Callable[[], Any]) -> int:
 
 
 def randomise(module: nn.Module, seed: int = 0) -> None:
-    """Weights like those of a trained network in scale; nothing is zero, so every branch counts in a comparison."""
-    generator = torch.Generator().manual_seed(seed)
+    """Weights like those of a trained network in scale; nothing is zero, so every branch counts in a comparison.
+
+    Drawn where they are: on a GPU a billion numbers take no time. Each kind of device has its own numbers.
+    """
+    generator = torch.Generator(next(module.parameters()).device).manual_seed(seed)
     for name, p in module.named_parameters():
-        noise = torch.randn(p.shape, generator=generator)
-        if p.ndim >= 2 and "modulation" not in name:
+        noise = torch.randn(p.shape, generator=generator, device=generator.device)
+        if p.ndim >= 2 and not name.endswith(("modulation", "gamma")):
             p.data = noise / math.sqrt(p[0].numel())
         else:
-            p.data = 1 + 0.1 * noise if "norm" in name else 0.1 * noise
+            p.data = 1 + 0.1 * noise if "norm" in name or name.endswith("gamma") else 0.1 * noise
 
 
 def cast(module: nn.Module, dtype: torch.dtype, islands: Sequence[str]) -> nn.Module:
@@ -95,10 +98,10 @@ def cast(module: nn.Module, dtype: torch.dtype, islands: Sequence[str]) -> nn.Mo
 def random_dit(config: DitConfig, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> VaceDiT:
     with torch.device("meta"):
         dit = VaceDiT(config)
-    dit.to_empty(device="cpu")
+    dit.to_empty(device=device)
     randomise(dit, seed)
     cast(dit, dtype, VaceDiT.FLOAT32_ISLANDS)
-    return dit.to(device).eval().requires_grad_(False)
+    return dit.eval().requires_grad_(False)
 
 
 def library_dit(dit: VaceDiT, dtype: torch.dtype = torch.float32) -> WanVACETransformer3DModel:

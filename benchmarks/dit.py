@@ -6,14 +6,16 @@
     python benchmarks/dit.py --device cuda    # 14B width, 480p and 720p x 81 frames (32760 and 75600 tokens)
 
 ``ratio`` is ours / diffusers' for equal work: both attend to 512 text rows. ``dropped`` is the ratio when we are told
-the length of the prompt and leave its padding out, as our pipeline does. ``share`` is counted FLOPs over time over the
-best matrix product of the same run. The difference in bfloat16 is that of each (ours / diffusers') from the float32
-result: diffusers keeps the residual stream in bfloat16, we keep it in float32 as the original does.
+the length of the prompt and leave its padding out, as our pipeline does; ``cudnn`` is that with ``--attention cudnn``
+(CUDA, eager, half precision). ``share`` is counted FLOPs over time over the best matrix product of the same run, of
+ours and of cudnn (with the work that dropping leaves out counted as done). The difference in bfloat16 is that of each
+(ours / diffusers') from the float32 result, on CUDA on a smaller grid: diffusers keeps the residual stream in bfloat16,
+we keep it in float32 as the original does.
 """
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -32,11 +34,12 @@ from common import (
 )
 from torch import Tensor
 
+from vdot.models.attention import set_attention_backend
 from vdot.models.presets import PRESETS, DitConfig
 from vdot.models.vace import VaceDiT
 
 PROMPT_ROWS = 40  # tokens of a typical prompt, of 512
-HEAD = ("case", "tokens", "dtype", "mode", "ours", "diffusers", "ratio", "dropped", "share", "difference")
+HEAD = ("case", "tokens", "dtype", "mode", "ours", "diffusers", "ratio", "dropped", "cudnn", "share", "difference")
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,12 @@ class Case:
     def tokens(self) -> int:
         frames, height, width = self.latents
         return frames * (height // 2) * (width // 2)
+
+    @property
+    def small(self) -> "Case":
+        """The same network on a grid that float32 attention can afford."""
+        frames, height, width = self.latents
+        return replace(self, latents=(min(frames, 5), min(height, 30), min(width, 52)))
 
 
 def few_layers(dim: int, ffn_dim: int, heads: int, layers: int) -> DitConfig:
@@ -104,7 +113,7 @@ def contestants(dit: VaceDiT, inputs: Inputs, dtype: torch.dtype, compiled: bool
         for block in (*dit.blocks, *dit.vace_blocks):
             block.compile(fullgraph=True)
         library.compile_repeated_blocks(fullgraph=True)
-    return {
+    calls: dict[str, Callable[[], Tensor]] = {
         "ours": lambda: dit(inputs.x, inputs.t, inputs.text, inputs.context),
         "dropped": lambda: dit(inputs.x, inputs.t, inputs.text, inputs.context, lengths=[PROMPT_ROWS]),
         "diffusers": lambda: library(
@@ -116,6 +125,30 @@ def contestants(dit: VaceDiT, inputs: Inputs, dtype: torch.dtype, compiled: bool
             return_dict=False,
         )[0],
     }
+    if inputs.x.is_cuda and dtype != torch.float32 and not compiled:
+
+        def cudnn() -> Tensor:
+            set_attention_backend(dit, "cudnn")
+            try:
+                return calls["dropped"]()
+            finally:
+                set_attention_backend(dit, "sdpa")
+
+        calls["cudnn"] = cudnn
+    return calls
+
+
+def usable(calls: dict[str, Callable[[], Tensor]]) -> dict[str, Callable[[], Tensor]]:
+    """Calls each once, which warms it up or compiles it; cuDNN's attention may have no kernel here."""
+    for name in list(calls):
+        try:
+            calls[name]()
+        except RuntimeError as error:
+            if name != "cudnn":
+                raise
+            print(f"cudnn: {str(error).splitlines()[0][:100]}", flush=True)
+            del calls[name]
+    return calls
 
 
 def agreement(calls: dict[str, Callable[[], Tensor]], exact: Tensor, dtype: torch.dtype) -> str:
@@ -142,16 +175,22 @@ def measure(case: Case, dtype_name: str, compiled: bool, device: str, seconds: f
     """One row of the table."""
     dtype = DTYPES[dtype_name]
     inputs = Inputs.draw(case, device)
-    exact = reference(case, device)
+    exact = reference(case.small if device.startswith("cuda") else case, device)
     with torch.device("meta"):  # counted, not computed
         shapes = VaceDiT(case.config)
     flops = count_flops(lambda: shapes(*(v.to("meta") for v in (inputs.x, inputs.t, inputs.text, inputs.context))))
-    calls = contestants(random_dit(case.config, dtype, device), inputs, dtype, compiled)
-    agree = agreement(calls, exact, dtype)
+    dit = random_dit(case.config, dtype, device)
+    if device.startswith("cuda"):
+        agree = agreement(usable(contestants(dit, Inputs.draw(case.small, device), dtype, False)), exact, dtype)
+        calls = usable(contestants(dit, inputs, dtype, compiled))
+    else:
+        calls = contestants(dit, inputs, dtype, compiled)
+        agree = agreement(calls, exact, dtype)
     peak = matmul_peak(dtype, device)
     taken = interleave(calls, seconds, device, rounds=(2, 60))
     peak = max(peak, matmul_peak(dtype, device))
     median = medians(taken)
+    shares = ", ".join(f"{flops / median[name] / peak:.0%}" for name in ("ours", "cudnn") if name in median)
     return [
         case.name,
         str(case.tokens),
@@ -161,7 +200,8 @@ def measure(case: Case, dtype_name: str, compiled: bool, device: str, seconds: f
         milliseconds(median["diffusers"]),
         f"{ratio(taken['ours'], taken['diffusers']):.2f}",
         f"{ratio(taken['dropped'], taken['diffusers']):.2f}",
-        f"{flops / 1e9:.0f} GFLOP, {flops / median['ours'] / peak:.0%} of {peak / 1e9:.0f} GFLOP/s",
+        f"{ratio(taken['cudnn'], taken['diffusers']):.2f}" if "cudnn" in taken else "-",
+        f"{flops / 1e9:.0f} GFLOP, {shares} of {peak / 1e9:.0f} GFLOP/s",
         agree,
     ]
 

@@ -6,8 +6,9 @@
     python benchmarks/sinkhorn.py variants               # iterations of the accelerations, to three errors
 
 Clouds are two unrelated smooth random latents, pooled as in training. Each measurement runs in a process of its own
-(peak memory is that of the process above its state before the run), contenders take turns for ``--rounds`` rounds, and
-medians are reported. Contenders that hold N x M matrices per iteration are timed on fewer frames; times are per frame.
+(peak memory is that of the process above its state before the run; on CUDA all share one, where the allocator's peak is
+told), contenders take turns for ``--rounds`` rounds, and medians are reported. Contenders that hold N x M matrices per
+iteration are timed on fewer frames; times are per frame.
 """
 
 import argparse
@@ -144,14 +145,15 @@ HEAVY = ("release", "POT", "geomloss")  # N x M matrices for every iteration, or
 
 # --- one measurement, in a child process
 
-_end: list[float] = []
+_end: list[tuple[float, int]] = []  # when, and the CUDA allocator's peak until then
 
 
 def mark_end() -> None:
     """The part to be timed ends here; what follows is checking."""
-    if torch.cuda.is_available():
+    cuda = torch.cuda.is_available()
+    if cuda:
         torch.cuda.synchronize()
-    _end.append(time.perf_counter())
+    _end.append((time.perf_counter(), torch.cuda.max_memory_allocated() if cuda else 0))
 
 
 def peak_above_now(run: Callable[[], Result], device: str) -> tuple[Result, float, float]:
@@ -165,6 +167,7 @@ def peak_above_now(run: Callable[[], Result], device: str) -> tuple[Result, floa
                 peak[0] = max(peak[0], process.memory_info().rss - before)
 
     if device == "cuda":
+        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     watcher = threading.Thread(target=watch, daemon=True)  # a contender that fails must not live on in it
@@ -177,8 +180,8 @@ def peak_above_now(run: Callable[[], Result], device: str) -> tuple[Result, floa
         mark_end()
     stop.set()
     if device == "cuda":
-        peak[0] = torch.cuda.max_memory_allocated() - before
-    return result, _end[0] - begin, peak[0] / 2**20
+        peak[0] = _end[0][1] - before
+    return result, _end[0][0] - begin, peak[0] / 2**20
 
 
 def measure(name: str, kind: str, frames: int, threads: int, device: str) -> dict[str, float | None]:
@@ -194,6 +197,12 @@ def measure(name: str, kind: str, frames: int, threads: int, device: str) -> dic
 
 
 def child(name: str, kind: str, frames: int, threads: int, device: str) -> dict[str, float | None] | str:
+    if device == "cuda":  # the allocator counts exactly, also beside what ran before
+        torch.cuda.empty_cache()
+        try:
+            return measure(name, kind, frames, threads, device)
+        except (ImportError, RuntimeError) as error:
+            return f"{type(error).__name__}: {error}".splitlines()[0][:90]
     arguments = [name, kind, str(frames), str(threads), device]
     run = subprocess.run([sys.executable, __file__, "child", *arguments], capture_output=True, text=True)
     if run.returncode != 0:
@@ -299,12 +308,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--frames", type=int, default=21)
     parser.add_argument("--only", default="", help="contenders whose name holds this, and the first")
+    parser.add_argument("--skip", default="", help="no contenders whose name holds one of these, comma-separated")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(
         f"{args.what} on {args.device}, torch {torch.__version__}, {args.threads} thread(s), median of {args.rounds}\n"
     )
     names = [n for n in CONTENDERS if n != "ours: 2 plain it" and ("Triton" not in n or args.device == "cuda")]
+    if args.skip:
+        names = [n for n in names if not any(part in n for part in args.skip.split(","))]
     if args.what == "variants":
         variants()
     elif args.what == "frames":

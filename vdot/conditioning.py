@@ -86,7 +86,7 @@ def _encode(vae: Encoder, video: Tensor) -> Tensor:
 def split_clips(condition: Condition) -> tuple[list[Tensor], Tensor]:
     """Clips ``[3, T, H, W]`` that the VAE is given: inactive, reactive and the references; the mask ``[T, H, W]``."""
     clip = (condition.frames, condition.height, condition.width)
-    nothing = torch.zeros(3, *clip)
+    nothing = torch.zeros(3, *clip, device=None if condition.source is None else condition.source.device)
     if condition.source is None:
         inactive, reactive, mask = nothing, nothing, torch.ones(clip)
     elif condition.mask is None:

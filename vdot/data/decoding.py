@@ -40,11 +40,11 @@ class Pixels:
     real_key: bytes
     prompt: str | None = None  # of a row that has its words only once it is drawn
 
-    def condition(self) -> Condition:
-        """As :func:`vdot.request.prepare` makes it, bit for bit."""
-        source = None if self.source is None else to_model(self.source)
-        mask = None if self.mask is None else torch.from_numpy(self.mask).float().div_(255)
-        references = [torch.from_numpy(reference) for reference in self.references]
+    def condition(self, device: torch.device | str = "cpu") -> Condition:
+        """As :func:`vdot.request.prepare` makes it, bit for bit; bytes are widened where they are needed."""
+        source = None if self.source is None else to_model(self.source, device)
+        mask = None if self.mask is None else torch.from_numpy(self.mask).to(device).float().div_(255)
+        references = [torch.from_numpy(reference).to(device) for reference in self.references]
         return Condition(self.frames, self.height, self.width, source, mask, references)
 
 

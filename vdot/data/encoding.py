@@ -58,7 +58,7 @@ SHARD_BYTES = (
 )  # a shard is closed at this size, or at SHARD_ROWS (more of small ones): a killed run loses one at most
 SHARD_ROWS = 64
 ENCODERS = ("text_encoder", "vae")
-TOGETHER = 64  # small clips in one forward pass of the autoencoder
+TOGETHER = 32  # small clips in one forward pass of the autoencoder
 
 
 # -- one row ----------------------------------------------------------------------------------------------------------
@@ -108,38 +108,41 @@ class Encoder:
     @torch.no_grad()
     def encode_many(self, rows: Sequence[tuple[Entry, Pixels]]) -> list[Example]:
         """As :meth:`encode`, for small clips: those of all rows go through the networks together."""
+        prompts = [entry.row.prompt if pixels.prompt is None else pixels.prompt for entry, pixels in rows]
         with self._lock:
-            prompts = [entry.row.prompt if pixels.prompt is None else pixels.prompt for entry, pixels in rows]
             embedded, lengths = self.text_encoder(prompts)
-            texts = [text[:length].cpu() for text, length in zip(embedded, lengths.tolist(), strict=True)]
-            conditions = [pixels.condition() for _, pixels in rows]
-            clips = [clip for condition in conditions for clip in split_clips(condition)[0]]
-            clips += [to_model(pixels.real) for _, pixels in rows if pixels.real is not None]
+            texts = [text[:length] for text, length in zip(embedded.cpu(), lengths.tolist(), strict=True)]
+            conditions = [pixels.condition(self.device) for _, pixels in rows]
+            clips = [clip.to(self.device) for condition in conditions for clip in split_clips(condition)[0]]
+            clips += [to_model(pixels.real, self.device) for _, pixels in rows if pixels.real is not None]
             latents = iter(self._encode_clips(clips))
             contexts = [
-                encode_context(self.vae, condition, "cpu", lambda clips: [next(latents) for _ in clips])[0]
+                encode_context(self.vae, condition, self.device, lambda clips: [next(latents) for _ in clips])[0]
                 for condition in conditions
             ]
             reals = [None if pixels.real is None else next(latents) for _, pixels in rows]
         examples = []
         for (entry, pixels), prompt, text, context, real in zip(rows, prompts, texts, contexts, reals, strict=True):
             references = len(pixels.references)
-            whole = None if real is None else torch.cat([context[:16, :references], real], dim=1)
-            examples.append(Example(text, context, whole, references, entry.row.task, prompt, 0))
+            whole = None if real is None else torch.cat([context[:16, :references], real], dim=1).cpu()
+            examples.append(Example(text, context.cpu(), whole, references, entry.row.task, prompt, 0))
         return examples
 
     def _encode_clips(self, clips: Sequence[Tensor]) -> list[Tensor]:
-        """``[3, T, H, W]`` each -> latents ``[16, F, h, w]`` on the CPU, in batches of one shape; equal clips once."""
-        keys = [(tuple(clip.shape), blake2b(clip.numpy().tobytes(), digest_size=16).digest()) for clip in clips]
-        distinct = dict(zip(keys, clips, strict=True))
-        made: dict[Any, Tensor] = {}
-        for shape in {shape for shape, _ in distinct}:
-            group = [key for key in distinct if key[0] == shape]
+        """``[3, T, H, W]`` each -> latents ``[16, F, h, w]``, in batches of one shape; one grey everywhere once."""
+        made: dict[int, Tensor] = {}
+        groups: dict[torch.Size, list[int]] = {}
+        for index, clip in enumerate(clips):
+            value = clip.flatten()[0]
+            if bool((clip == value).all()):
+                made[index] = self.vae.encode_constant(value.item(), *clip.shape[1:])[0].float()
+            else:
+                groups.setdefault(clip.shape, []).append(index)
+        for group in groups.values():
             for first in range(0, len(group), TOGETHER):
                 part = group[first : first + TOGETHER]
-                batch = torch.stack([distinct[key] for key in part]).to(self.device)
-                made.update(zip(part, self.vae.encode(batch).float().cpu(), strict=True))
-        return [made[key] for key in keys]
+                made |= dict(zip(part, self.vae.encode(torch.stack([clips[i] for i in part])).float(), strict=True))
+        return [made[index] for index in range(len(clips))]
 
     def _context(self, pixels: Pixels) -> Tensor:
         return encode_context(self.vae, pixels.condition(), self.device)[0].cpu()

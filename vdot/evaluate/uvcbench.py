@@ -76,7 +76,7 @@ SCALES: dict[str, Scale] = {
     "place_error": _known("place_error", 0.5, 0, _OWN, _WORLD),
     "scribble_f1": _known("scribble_f1", 0, 1, "edge F1, Martin et al. 2004"),
     "depth_edges": _known("depth_edges", 0, 1, _OWN),
-    "flow_control_error": _known("flow_control_error", 2, 0, "end-point error, Baker et al. 2011", _WORLD),
+    "flow_control_error": _known("flow_control_error", 1, 0, "end-point error, Baker et al. 2011", _WORLD),
     "gray_error": _known("gray_error", 64, 0, "mean absolute error"),
     "gray_ssim": _known("gray_ssim", 0, 1, "Wang et al. 2004"),
     "skeleton_overlap": _known("skeleton_overlap", 0, 1, _OWN, _WORLD),

@@ -23,13 +23,6 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     return out.transpose(1, 2)
 
 
-def _cudnn(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return sdpa(q, k, v, bias)
-
-
 def _unbiased(kernel: Callable[[Tensor, Tensor, Tensor], Any]) -> AttentionFn:
     """Kernels without an additive bias serve self-attention; the short, biased cross-attention stays on SDPA."""
 
@@ -40,6 +33,13 @@ def _unbiased(kernel: Callable[[Tensor, Tensor, Tensor], Any]) -> AttentionFn:
         return out[0] if isinstance(out, tuple) else out
 
     return attend
+
+
+def _cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return sdpa(q, k, v)
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def _sage() -> AttentionFn:
 def _cudnn_backend() -> AttentionFn:
     if not (torch.cuda.is_available() and torch.backends.cudnn.is_available()):
         raise ImportError("this attention backend needs a CUDA device with cuDNN: choose --attention sdpa here")
-    return _cudnn
+    return _unbiased(_cudnn)
 
 
 BACKENDS: dict[str, Callable[[], AttentionFn]] = {

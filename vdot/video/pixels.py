@@ -34,9 +34,9 @@ def fit_frames(frames: np.ndarray, height: int, width: int) -> np.ndarray:
     return out
 
 
-def to_model(frames: np.ndarray) -> Tensor:
+def to_model(frames: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
     """uint8 ``[T,H,W,3]`` -> float32 ``[3,T,H,W]`` in [-1,1]."""
-    pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(3, 0, 1, 2)
+    pixels = torch.from_numpy(np.ascontiguousarray(frames)).to(device).permute(3, 0, 1, 2)
     return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
 
 
