@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import vdot.bench.scoring
 import vdot.cli
 from tests.conftest import ROOT, TINY
 from vdot import VdotPipeline
@@ -154,6 +155,39 @@ def test_one_failure_costs_one_sample(run, tmp_path, monkeypatch):
     assert code == 1 and "2 done, 0 skipped, 1 failed" in out
     rows = {row["key"]: row["message"] for row in json.loads((tmp_path / "scores.json").read_text())["samples"]}
     assert rows["outpainting/00"] == "unexpected RuntimeError: a bug" and rows["gray/00"] == ""
+
+
+def test_a_stopped_run_goes_on_where_it_was(run, tiny, tmp_path, monkeypatch):
+    """Ctrl-C within the second video; the table is that of a run that was never stopped."""
+    run("--save_dir", tmp_path / "whole")
+    generate, calls = type(tiny).generate, []
+
+    def stopped(self, *args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return generate(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(tiny), "generate", stopped)
+        code, _, err = run("--save_dir", tmp_path / "cut")
+    assert code == 130 and "interrupted" in err and not (tmp_path / "cut" / "scores.json").exists()
+    code, out, _ = run("--save_dir", tmp_path / "cut")
+    assert code == 0 and "2 done, 1 skipped, 0 failed" in out
+    assert scores(tmp_path / "cut") == scores(tmp_path / "whole")
+
+
+def test_a_bug_in_a_measurement_costs_one_sample(run, tmp_path, monkeypatch):
+    measure = vdot.bench.scoring.measure_video
+
+    def fragile(case, frames):
+        if case.src_mask is not None:
+            raise ZeroDivisionError("here")
+        return measure(case, frames)
+
+    monkeypatch.setattr(vdot.bench.scoring, "measure_video", fragile)
+    code, out, _ = run("--save_dir", tmp_path)
+    assert code == 1 and "2 of 3 samples measured" in out and "unexpected ZeroDivisionError: here" in out
 
 
 def test_two_results_are_compared(run, tmp_path, capsys):

@@ -60,6 +60,9 @@ class Scorer:
             return Measured(*row, values | cost(record), "", notes)
         except VdotError as error:
             return Measured(*row, nothing, one_line(error))
+        except Exception as error:  # a bug of ours: it is shown in full, and the other videos are measured all the same
+            log.error("%s: unexpected error", sample.key, exc_info=True)
+            return Measured(*row, nothing, f"unexpected {type(error).__name__}: {one_line(error)}")
 
     def load(self, sample: Sample, record: Mapping[str, Any] | None = None) -> tuple[TaskClip | Case, np.ndarray]:
         """What is measured against, and the video's frames."""

@@ -141,7 +141,12 @@ def measure_video(case: TaskClip | Case, frames: np.ndarray) -> tuple[Values, di
     if mask is not None:
         values["joint"] = kept.joint(frames, mask)
     again, by = agreement(case, frames, mask)
-    return values | again, by
+    return {name: _finite(value) for name, value in (values | again).items()}, by
+
+
+def _finite(value: float | None) -> float | None:
+    """A plain number; what came out as none is not measured."""
+    return float(value) if value is not None and np.isfinite(value) else None
 
 
 def agreement(case: TaskClip | Case, frames: np.ndarray, where: np.ndarray | None) -> tuple[Values, dict[str, str]]:
