@@ -4,8 +4,9 @@ import argparse
 import difflib
 import secrets
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -102,18 +103,33 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message} (see --help)")
 
 
-def build_parser(prog: str) -> argparse.ArgumentParser:
+@dataclass(frozen=True)
+class Form:
+    """A command line: the options of ``schema`` in groups, and what ``--help`` says around them."""
+
+    schema: type[GenerateConfig] = GenerateConfig
+    groups: Mapping[str, Mapping[str, str]] = field(default_factory=lambda: GROUPS)
+    description: str = "Make a video from text and any of a source clip, a mask and reference pictures."
+    examples: str = EXAMPLES
+
+    @property
+    def types(self) -> dict[str, Any]:
+        """Annotation of every option."""
+        return {f.name: f.type for f in fields(self.schema)}
+
+
+def build_parser(prog: str, form: Form) -> argparse.ArgumentParser:
     parser = Parser(
         prog=prog,
-        description="Make a video from text and any of a source clip, a mask and reference pictures.",
-        epilog=EXAMPLES,
+        description=form.description,
+        epilog=form.examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any option below, the other way to write it")
     parser.add_argument("--config", metavar="FILE", help="YAML of options, or the run.json of an earlier run")
-    types = GenerateConfig.__annotations__
-    for title, options in GROUPS.items():
+    types = form.types
+    for title, options in form.groups.items():
         group = parser.add_argument_group(title)
         for name, text in options.items():
             group.add_argument(f"--{name}", metavar=_metavar(types[name]), help=text)
@@ -123,12 +139,11 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _name_values(argv: Sequence[str]) -> list[str]:
+def _name_values(argv: Sequence[str], types: Mapping[str, Any]) -> list[str]:
     """``--dry_run`` -> ``--dry_run=true``, but ``--offload_model block`` -> ``--offload_model=block``.
 
     The value of a switch is optional, and argparse would take the key=value after it for one.
     """
-    types = GenerateConfig.__annotations__
     switches = {f"--{name}" for name in types if types[name] is bool or name == "offload_model"}
     named: list[str] = []
     for token in argv:
@@ -148,16 +163,17 @@ def _metavar(annotation: Any) -> str:
     return next((letter for kind, letter in kinds.items() if kind in str(annotation)), "TEXT")
 
 
-def parse(argv: Sequence[str], prog: str) -> GenerateConfig:
+def parse(argv: Sequence[str], prog: str, form: Form | None = None) -> GenerateConfig:
     """Defaults, then ``--config``, then flags and ``key=value``. ``ConfigError`` for anything not understood."""
-    parser = build_parser(prog)
-    args, unknown = parser.parse_known_intermixed_args(_name_values(argv))
+    form = form or Form()
+    parser = build_parser(prog, form)
+    args, unknown = parser.parse_known_intermixed_args(_name_values(argv, form.types))
     if unknown:
         known = [s for a in parser._actions for s in a.option_strings]
         near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
         raise ConfigError(f"unknown option {unknown[0]}; " + (f"did you mean {near[0]}?" if near else "see --help"))
     given = {k: v for k, v in vars(args).items() if v is not None and k not in ("overrides", "config")}
-    return load_config(GenerateConfig, args.config, args.overrides, given)
+    return load_config(form.schema, args.config, args.overrides, given)
 
 
 def find_checkpoint(ckpt_dir: str | None) -> tuple[Path, str]:
@@ -262,6 +278,12 @@ def main(argv: Sequence[str] | None = None, prog: str = "vace_wan_inference.py")
 def _run(argv: Sequence[str], prog: str, ranks: Ranks) -> int:
     with ranks.agree():
         config = parse(argv, prog)
+    return make(config, ranks)
+
+
+def make(config: GenerateConfig, ranks: Ranks) -> int:
+    """What the options ask for: a video, a table of them, or the plan alone; the exit code."""
+    with ranks.agree():
         check_options(config)
         path, why = find_checkpoint(config.ckpt_dir)
         log.info("checkpoint %s (%s)", path, why)

@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from vdot.runtime import clock, log
 from vdot.video.output import bad_name, remove_leftovers
 
 PATHS = ("src_video", "src_mask", "src_ref_images")
+LISTS = ("src_ref_images", "image", "video")  # options that may name several files
 # One model is loaded for all rows, so what belongs to the model cannot differ between them.
 PER_ROW = (
     *PATHS,
@@ -57,11 +58,13 @@ class Outcome:
     message: str
 
 
-def read_jobs(path: str | Path, base: GenerateConfig) -> list[Job]:
+def read_jobs(
+    path: str | Path, base: GenerateConfig, per_row: Sequence[str] = PER_ROW, paths: Sequence[str] = PATHS
+) -> list[Job]:
     """Rows of a ``.jsonl`` or ``.csv`` file, one job each; bad rows become jobs with an error.
 
-    A row gives ``id`` (its file name; default its number) and any of the per-video options of the command line.
-    Media paths are looked up beside the table first, then from the current folder.
+    A row gives ``id`` (its file name; default its number) and any of the options ``per_row``; files (``paths``)
+    are looked up beside the table first, then from the current folder.
 
     Raises:
         InputError: the file cannot be read, has no rows, or two rows share an id.
@@ -70,7 +73,7 @@ def read_jobs(path: str | Path, base: GenerateConfig) -> list[Job]:
     rows = _read_rows(path)
     if not rows:
         raise InputError(f"{path} holds no jobs: write one JSON object a line, or a CSV with a header")
-    jobs = [_job(row, number, path.parent, base) for number, row in enumerate(rows, start=1)]
+    jobs = [_job(row, number, path.parent, base, per_row, paths) for number, row in enumerate(rows, start=1)]
     seen = Counter(job.id.casefold() for job in jobs)  # some file systems do not tell A.mp4 from a.mp4
     double = next((job.id for job in jobs if seen[job.id.casefold()] > 1), None)
     if double is not None:
@@ -110,7 +113,14 @@ def _json_row(line: str) -> dict[str, Any] | str:
     return row if isinstance(row, dict) else "the line is not a JSON object"
 
 
-def _job(row: dict[str, Any] | str, number: int, folder: Path, base: GenerateConfig) -> Job:
+def _job(
+    row: dict[str, Any] | str,
+    number: int,
+    folder: Path,
+    base: GenerateConfig,
+    per_row: Sequence[str],
+    paths: Sequence[str],
+) -> Job:
     name = f"{number:04d}"
     if isinstance(row, str):
         return Job(name, None, row)
@@ -121,10 +131,10 @@ def _job(row: dict[str, Any] | str, number: int, folder: Path, base: GenerateCon
         if problem:
             return Job(name, None, f"the id {given!r} cannot be a file name: {problem}")
         name = str(given)
-    wrong = sorted(set(values) - set(PER_ROW))
+    wrong = sorted(set(values) - set(per_row))
     if wrong:
-        return Job(name, None, f"unknown or not per-video option {wrong[0]!r}; a row may give: {', '.join(PER_ROW)}")
-    for key in PATHS:
+        return Job(name, None, f"unknown or not per-video option {wrong[0]!r}; a row may give: {', '.join(per_row)}")
+    for key in paths:
         if values.get(key):
             values[key] = _beside(values[key], key, folder)
     try:
@@ -138,7 +148,7 @@ def _beside(value: Any, key: str, folder: Path) -> Any:
     if isinstance(value, list):
         listed = [str(item) for item in value]
     else:
-        listed = [str(p) for p in reference_list(str(value), folder)] if key == "src_ref_images" else [str(value)]
+        listed = [str(p) for p in reference_list(str(value), folder)] if key in LISTS else [str(value)]
     return ",".join(str(folder / path) if os.path.exists(folder / path) else path for path in listed)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from vdot.errors import InputError, MissingDependencyError
 
 ROOT = Path(__file__).resolve().parents[2]
-MEDIAPIPE = "pip install --no-deps mediapipe==0.10.21 && pip install absl-py matplotlib flatbuffers"
+MEDIAPIPE = "pip install --no-deps mediapipe==0.10.21 && pip install absl-py attrs flatbuffers matplotlib"
 
 
 @dataclass(frozen=True)
@@ -51,15 +51,31 @@ class Backend:
         return factory(place or local_model(self.name) or self.model)
 
 
+SAM2, SAM3 = "facebook/sam2.1-hiera-small", "facebook/sam3"
+# Of each kind the best first: "auto" takes the first that is there.
 BACKENDS: tuple[Backend, ...] = (
     Backend("gray", "builtin", "lines:gray"),
     Backend("scribble", "builtin", "lines:scribble"),
+    Backend("flow", "raft", "raft:flow", "torchvision", "pip install torchvision", "torchvision"),
     Backend("flow", "dis", "flow:dis"),
+    Backend("depth", "depth_anything", "depth:network", model="depth-anything/Depth-Anything-V2-Small-hf"),
+    Backend("depth", "midas", "depth:network", model="Intel/dpt-hybrid-midas"),
+    Backend("pose", "mediapipe", "with_mediapipe:pose", "mediapipe", MEDIAPIPE),
+    Backend("pose", "vitpose", "vitpose:pose", model="usyd-community/vitpose-base-simple"),
+    Backend("salient", "mediapipe", "with_mediapipe:salient", "mediapipe", MEDIAPIPE),
     Backend("salient", "grabcut", "salient:salient"),
+    Backend("segment", "sam3", "sam:sam3_segment", model=SAM3),
+    Backend("segment", "sam2", "sam:sam2_segment", model=SAM2),
     Backend("segment", "grabcut", "salient:segment"),
-    Backend("track", "flow", "track:by_flow"),
-    Backend("depth", "depth_anything", "depth:depth_anything", model="depth-anything/Depth-Anything-V2-Small-hf"),
-    Backend("pose", "mediapipe", "pose:mediapipe", package="mediapipe", install=MEDIAPIPE),
+    Backend("track", "sam3", "sam:sam3_track", model=SAM3),
+    Backend("track", "sam2", "sam:sam2_track", model=SAM2),
+    Backend("track", "template", "tracking:by_template"),
+    Backend("find", "grounding_dino", "words:grounding_dino", model="IDEA-Research/grounding-dino-tiny"),
+    Backend("find", "clipseg", "words:clipseg", model="CIDAS/clipseg-rd64-refined"),
+    Backend("find", "mediapipe", "with_mediapipe:people", "mediapipe", MEDIAPIPE),
+    Backend("find", "opencv", "with_opencv:find"),
+    Backend("face", "mediapipe", "with_mediapipe:faces", "mediapipe", MEDIAPIPE),
+    Backend("face", "opencv", "with_opencv:faces"),
 )
 KINDS = tuple(dict.fromkeys(backend.kind for backend in BACKENDS))
 

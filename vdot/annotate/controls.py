@@ -9,7 +9,7 @@ from vdot.annotate.flow import flow_picture
 from vdot.annotate.material import check_frames
 from vdot.errors import InputError
 
-POSE_PARTS = ("body", "face", "hands")
+POSE_PARTS = ("body", "face", "hands", "dwpose")
 
 
 def _depth(frames: np.ndarray, tools: Tools, mode: str | None) -> np.ndarray:

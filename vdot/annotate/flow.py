@@ -13,6 +13,7 @@ MATCH_SIDE = 128  # pixels of the short side that frames are matched at, at leas
 WHEEL_STEPS = (15, 6, 4, 11, 13, 6)
 
 Flow = Callable[[np.ndarray], np.ndarray]
+Match = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def dis() -> Flow:
@@ -20,18 +21,26 @@ def dis() -> Flow:
     return lambda frames: dense_flow(luminance(frames))
 
 
-def dense_flow(grey: np.ndarray) -> np.ndarray:
-    """Flow from each frame of uint8 ``[T, H, W]`` to the next, x then y, float32 ``[T - 1, H, W, 2]`` in pixels."""
+def dense_flow(grey: np.ndarray, match: Match | None = None) -> np.ndarray:
+    """Flow from each frame of uint8 ``[T, H, W]`` to the next, x then y, float32 ``[T - 1, H, W, 2]`` in pixels.
+
+    Small frames are matched enlarged. ``match`` of two grey pictures; dense inverse search by default.
+    """
     height, width = grey.shape[1:]
     scale = max(1, -(-MATCH_SIDE // min(height, width)))
     size = (width * scale, height * scale)
     large = [cv2.resize(frame, size, interpolation=cv2.INTER_CUBIC) for frame in grey] if scale > 1 else list(grey)
-    matcher = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    match = match or _dense_inverse_search()
     out = np.empty((len(grey) - 1, height, width, 2), np.float32)
     for t, field in enumerate(out):
-        found = matcher.calc(large[t], large[t + 1], None)  # type: ignore[call-overload]
+        found = match(large[t], large[t + 1])
         field[:] = cv2.resize(found, (width, height), interpolation=cv2.INTER_AREA) / scale
     return out
+
+
+def _dense_inverse_search() -> Match:
+    matcher = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    return lambda first, second: matcher.calc(first, second, None)  # type: ignore[call-overload]
 
 
 @lru_cache(maxsize=1)
@@ -66,7 +75,9 @@ def draw_flow(flow: np.ndarray) -> np.ndarray:
 
 def flow_picture(frames: np.ndarray, flow: Flow) -> np.ndarray:
     """One picture for each frame: of the motion that led to it; the first frame shows that of the second."""
-    if len(frames) == 1:
-        return np.full_like(frames, 255)
-    drawn = draw_flow(flow(frames))
-    return np.concatenate([drawn[:1], drawn])
+    out = np.full_like(frames, 255)
+    for t in range(1, len(frames)):  # one by one: the vectors of a long clip take more memory than its pictures
+        out[t] = draw_flow(flow(frames[t - 1 : t + 1]))[0]
+    if len(frames) > 1:
+        out[0] = out[1]
+    return out

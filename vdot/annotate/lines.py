@@ -6,8 +6,9 @@ import cv2
 import numpy as np
 
 Picture = Callable[[np.ndarray], np.ndarray]
-# Of the scribble: edges stronger than HIGH begin a line, those above LOW continue one.
-LOW, HIGH = 130, 320
+STRONGEST = 0.08  # share of a clip's pixels whose gradients are strong enough to begin a line
+FAINT, CLEAR = 60.0, 320.0  # gradients below never begin one, those above always do
+FOLLOW = 0.4  # of that strength, with which a line goes on
 
 
 def luminance(frames: np.ndarray) -> np.ndarray:
@@ -34,9 +35,17 @@ def scribble() -> Picture:
 
 def _edges(frames: np.ndarray) -> np.ndarray:
     thick = max(1, min(frames.shape[1:3]) // 200)
+    grey = luminance(frames)
+    if thick > 1:
+        grey = np.stack([cv2.GaussianBlur(frame, (0, 0), 0.5 * thick) for frame in grey])
+    # One threshold for the whole clip, so that lines do not flicker.
+    shown = grey[np.unique(np.linspace(0, len(grey) - 1, 8).astype(int))]
+    high = float(np.clip(np.quantile([_gradient(frame) for frame in shown], 1 - STRONGEST), FAINT, CLEAR))
     kernel = np.ones((thick, thick), np.uint8)
-    drawn = []
-    for frame in luminance(frames):
-        smooth = frame if thick == 1 else cv2.GaussianBlur(frame, (0, 0), 0.5 * thick)
-        drawn.append(cv2.dilate(cv2.Canny(smooth, LOW, HIGH), kernel))
-    return as_pictures(np.stack(drawn))
+    return as_pictures(np.stack([cv2.dilate(cv2.Canny(frame, FOLLOW * high, high), kernel) for frame in grey]))
+
+
+def _gradient(frame: np.ndarray) -> np.ndarray:
+    """As Canny measures it: the sum of both derivatives' absolute values."""
+    x, y = (cv2.Sobel(frame, cv2.CV_32F, *way) for way in ((1, 0), (0, 1)))
+    return np.abs(x) + np.abs(y)

@@ -1,9 +1,8 @@
-"""Masks as shapes: boxes, hulls, growing, and the pictures that hide what is under them. Bool ``[T, H, W]``."""
+"""Masks as shapes: boxes, hulls, growing. Bool ``[H, W]``, or ``[T, H, W]`` for clips."""
 
 import cv2
 import numpy as np
 
-from vdot.annotate.material import UNKNOWN
 from vdot.errors import InputError
 
 AUG_MODES = ("original", "original_expand", "hull", "hull_expand", "bbox", "bbox_expand")
@@ -68,13 +67,3 @@ def _augment_one(mask: np.ndarray, mode: str, ratio: float) -> np.ndarray:
     shape = hull_of(mask) if mode.startswith("hull") else mask
     size = np.sqrt((right - left) * (bottom - top))
     return grow(shape, round(size * ratio / 2)) if mode.endswith("_expand") else shape
-
-
-def hide(frames: np.ndarray, white: np.ndarray, filler: np.ndarray | None = None) -> np.ndarray:
-    """``frames`` where ``white`` (to ``[T, H, W]``) is false, unknown grey or ``filler`` where it is true."""
-    return np.where(white[..., None], UNKNOWN if filler is None else filler, frames)
-
-
-def as_mask(white: np.ndarray) -> np.ndarray:
-    """Bool -> uint8, 255 generates."""
-    return np.where(white, 255, 0).astype(np.uint8)

@@ -92,17 +92,19 @@ class Annotated:
             "vdot": vdot.__version__,
         }
 
-    def save(self, folder: str | os.PathLike, facts: dict[str, Any] | None = None) -> list[Path]:
+    def save(
+        self, folder: str | os.PathLike, facts: dict[str, Any] | None = None, sound: str | None = None
+    ) -> list[Path]:
         """Write ``src_video.mp4, src_mask.mp4, src_ref_image_<i>.png``, a preview and, last, ``annotate.json``.
 
         Each appears whole or not at all. What an earlier call left in ``folder`` and this one does not write goes.
-        ``facts`` join the sidecar.
+        ``facts`` join the sidecar; ``sound`` is a file whose sound the source takes over.
 
         Raises:
             OutputError: the folder or the disk refuses.
         """
         folder = Path(folder)
-        files = self._files(folder)
+        files = self._files(folder, sound)
         _remove_earlier(folder, set(files))
         for path, write in files.items():
             write(path)
@@ -112,10 +114,12 @@ class Annotated:
             stream.write(json.dumps(values, indent=2, ensure_ascii=True) + "\n")
         return [*files, sidecar]
 
-    def _files(self, folder: Path) -> dict[Path, Callable[[Path], None]]:
+    def _files(self, folder: Path, sound: str | None) -> dict[Path, Callable[[Path], None]]:
         files: dict[Path, Callable[[Path], None]] = {}
         if self.src_video is not None:
-            files[folder / "src_video.mp4"] = partial(write_video, frames=self.src_video, fps=self.fps)
+            files[folder / "src_video.mp4"] = partial(
+                write_video, frames=self.src_video, fps=self.fps, audio_from=sound
+            )
         if self.src_mask is not None:
             shown = np.repeat(self.src_mask[..., None], 3, axis=-1)
             files[folder / "src_mask.mp4"] = partial(write_video, frames=shown, fps=self.fps)

@@ -10,6 +10,10 @@ from vdot.errors import InputError
 
 SIDE = 256  # pixels of the long side that GrabCut works at
 ROUNDS = 5
+FLAT, CLEAR = (
+    6.0,
+    12.0,
+)  # distances in L*a*b*: within the first a ground is plain, beyond the second it is not the ground
 
 Salient = Callable[[np.ndarray], np.ndarray]
 Segment = Callable[[np.ndarray, tuple[int, int, int, int]], np.ndarray]
@@ -35,6 +39,10 @@ def stands_out(image: np.ndarray) -> np.ndarray:
     rim = max(1, min(height, width) // 20)
     border = ~filled_box((rim, rim, width - rim, height - rim), height, width)
     contrast = _distance(lab, lab[border])
+    if np.quantile(contrast[border], 0.95) < FLAT:  # a plain ground, as of cut-outs and goods for sale
+        mask = cv2.morphologyEx((contrast > CLEAR).astype(np.uint8), cv2.MORPH_CLOSE, np.ones((5, 5), np.uint8)) > 0
+        if mask.any():
+            return _back(largest(mask), image.shape[:2])
     y, x = np.mgrid[:height, :width]
     centre = np.exp(-(((x / width - 0.5) / 0.45) ** 2 + ((y / height - 0.5) / 0.45) ** 2))
     score = cv2.GaussianBlur((contrast * (0.4 + 0.6 * centre)).astype(np.float32), (0, 0), 0.02 * max(height, width))
@@ -57,13 +65,16 @@ def fill_of_box(image: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray
     inside = filled_box((left, top, right, bottom), *small.shape[:2])
     if inside.all():
         return stands_out(image)
-    trimap = np.where(inside, cv2.GC_PR_FGD, cv2.GC_BGD).astype(np.uint8)
+    trimap = np.where(inside, cv2.GC_PR_BGD, cv2.GC_BGD).astype(np.uint8)
+    # A thing fills the middle of its box, and seldom the corners.
+    axes = (round(0.4 * (right - left)), round(0.4 * (bottom - top)))
+    cv2.ellipse(trimap, (round((left + right) / 2), round((top + bottom) / 2)), axes, 0, 0, 360, cv2.GC_PR_FGD, -1)
     found = largest(grab_cut(small, trimap, inside))
     full = _back(found, image.shape[:2]) & filled_box(box, *image.shape[:2])
     return full if full.any() else filled_box(box, *image.shape[:2])
 
 
-def grab_cut(image: np.ndarray, trimap: np.ndarray, otherwise: np.ndarray) -> np.ndarray:
+def grab_cut(image: np.ndarray, trimap: np.ndarray, otherwise: np.ndarray, rounds: int = ROUNDS) -> np.ndarray:
     """GrabCut from a trimap; ``otherwise`` where it finds nothing or has too little to learn from."""
     kinds = np.isin(trimap, (cv2.GC_FGD, cv2.GC_PR_FGD))
     if min(kinds.sum(), (~kinds).sum()) < 8:
@@ -71,7 +82,7 @@ def grab_cut(image: np.ndarray, trimap: np.ndarray, otherwise: np.ndarray) -> np
     models = np.zeros((1, 65)), np.zeros((1, 65))
     cv2.setRNGSeed(0)  # its first clusters are drawn
     cv2.grabCut(  # type: ignore[call-overload]
-        np.ascontiguousarray(image[..., ::-1]), trimap, None, *models, ROUNDS, cv2.GC_INIT_WITH_MASK
+        np.ascontiguousarray(image[..., ::-1]), trimap, None, *models, rounds, cv2.GC_INIT_WITH_MASK
     )
     found = np.isin(trimap, (cv2.GC_FGD, cv2.GC_PR_FGD))
     return found if found.any() else otherwise

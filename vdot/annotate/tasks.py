@@ -17,8 +17,8 @@ from vdot.annotate.extend import (
     parse_directions,
 )
 from vdot.annotate.layout import FRAME, FRAMES, boxes_between, draw_boxes, draw_outlines
-from vdot.annotate.masks import as_mask, hide
 from vdot.annotate.material import FPS, Annotated, Material, check_frames, check_image
+from vdot.conditioning import as_mask, hide
 from vdot.errors import InputError
 from vdot.video import fit_frames
 
