@@ -53,7 +53,7 @@ def case(kind: str = "", frames: np.ndarray = CLIP, **changes) -> Case:
 
 @pytest.mark.parametrize("kind, name, best", [
     ("gray", "gray_error", 0), ("gray", "gray_ssim", 1), ("scribble", "scribble_agreement", 1),
-    ("scribble", "scribble_f1", 1), ("flow", "flow_agreement", 0),
+    ("flow", "flow_agreement", 0),
 ])  # fmt: skip
 def test_the_same_video_gets_the_best_and_others_less(kind, name, best):
     values = {
@@ -175,6 +175,8 @@ def test_the_score_is_its_formula():
     moved = values | {"motion_amount": 0.0}
     assert group_skills(moved)["motion"] == 0
     assert group_skills(moved | {"motion_ratio": 0.0})["motion"] == 1  # the truth says how much is right
+    lines = dict.fromkeys(SCALES) | {"scribble_f1": 0.5}
+    assert group_skills(lines)["control"] == 0.5 and group_skills(lines | {"scribble_agreement": 1.0})["control"] == 1
     assert set(INSTEAD) | set(INSTEAD.values()) <= set(SCALES)
     six = {f"vbench_{name}": 0.1 * i for i, name in enumerate(VBENCH)}
     assert vbench_average(six) == pytest.approx(25)

@@ -124,7 +124,12 @@ SCALES: dict[str, Scale] = {
 }  # fmt: skip
 GROUPS = tuple(dict.fromkeys(scale.group for scale in SCALES.values()))
 SCORED = tuple(group for group in GROUPS if any(s.group == group and s.worst is not None for s in SCALES.values()))
-INSTEAD = {"motion_amount": "motion_ratio"}  # the exact one, where it was measured
+# Stand-ins, and what counts in their stead where it was measured.
+INSTEAD = {
+    "motion_amount": "motion_ratio",
+    "scribble_f1": "scribble_agreement",
+    "depth_edges": "depth_agreement",
+}
 LIMBS = 60  # of 255: what is brighter in a pose picture is drawn
 
 
