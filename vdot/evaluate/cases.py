@@ -317,10 +317,16 @@ class Loader:
         sample, source, mask = self.sample, None, None
         if sample.src_video is not None:
             still = None if sample.src_mask is None else probe(sample.src_mask, allow_image=True)
+            mode = self.frame_mode if self.frame_mode in MODES else "spread"
             plan = plan_frames(
-                probe(sample.src_video), max_area=height * width, frame_num=frames, fps=self.fps, mask=still,
-                mode=self.frame_mode if self.frame_mode in MODES else "spread", budget_frames=frames,  # type: ignore[arg-type]
-            )  # fmt: skip
+                probe(sample.src_video),
+                max_area=height * width,
+                frame_num=None if mode == "all" else frames,
+                mode=mode,  # type: ignore[arg-type]
+                mask=still,
+                budget_frames=frames,
+                fps=self.fps,
+            )
             ids = plan.frame_ids
             if len(ids) != frames:
                 raise InputError(f"the video has {frames} frames, its source gives {len(ids)}")
