@@ -230,6 +230,28 @@ def test_vbench_results_are_laid_beside(run, bench, tmp_path):
     assert load_results(tmp_path).samples[0].score is not None
 
 
+def test_vbench_is_run_on_what_was_made(run, tmp_path):
+    """A stand-in for its python: the real one was not run."""
+    stub = tmp_path / "python"
+    stub.write_text(f"""#!{sys.executable}
+import json, os, sys
+videos, results, device, *dimensions = sys.argv[3:]
+rows = [dict(video_path=os.path.join(videos, name), video_results=0.5) for name in os.listdir(videos)]
+json.dump({{d: [0.5, rows] for d in dimensions}}, open(os.path.join(results, "videos_eval_results.json"), "w"))
+""")
+    stub.chmod(0o755)
+    code, out, _ = run("--save_dir", tmp_path / "out", "--vbench_python", stub)
+    assert code == 0 and "VBench on 3 videos" in out
+    found = load_results(tmp_path / "out")
+    assert found.cells[ALL]["vbench_average"].mean == 50 and found.cells[ALL]["vbench_average"].n == 3
+    assert found.manifest["vbench"] == f"by {stub}" and "not measured |" not in found.markdown().split("\n\n")[0]
+    stub.write_text("#!/bin/sh\necho it broke; exit 3\n")
+    code, out, _ = run("--save_dir", tmp_path / "out", "--vbench_python", stub, "--base_seed", "9")
+    assert code == 1 and "VBench ended with code 3: it broke" in out
+    found = load_results(tmp_path / "out")
+    assert found.cells[ALL][SCORE].n == 3 and "vbench_average" not in found.cells[ALL]
+
+
 @pytest.mark.parametrize("args, words", [
     ([], "--bench_dir is missing"),
     (["--bench_dir", "x", "--prompt", "y"], "--prompt is about one video"),
