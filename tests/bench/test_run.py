@@ -16,7 +16,7 @@ import vdot.bench.scoring
 import vdot.cli
 from tests.conftest import ROOT, TINY
 from vdot import VdotPipeline
-from vdot.bench.run import _with_settings, main, parse_options
+from vdot.bench.run import with_settings, main, parse_options
 from vdot.bench.scoring import cost
 from vdot.config import GenerateConfig
 from vdot.errors import ConfigError
@@ -273,9 +273,9 @@ def test_options_of_the_generator_go_through():
 
 
 def test_a_benchmark_says_its_size_and_options_overrule_it():
-    said = _with_settings(GenerateConfig(), str(SHARE))
+    said = with_settings(GenerateConfig(), str(SHARE))
     assert (said.size, said.frame_num) == ("64*64", 17)
-    assert _with_settings(GenerateConfig(size="32*32"), str(SHARE)) == GenerateConfig(size="32*32", frame_num=17)
+    assert with_settings(GenerateConfig(size="32*32"), str(SHARE)) == GenerateConfig(size="32*32", frame_num=17)
 
 
 @pytest.mark.parametrize("options, words", [

@@ -123,7 +123,7 @@ def _run(argv: Sequence[str], prog: str, ranks: Ranks) -> int:
             return _compare(options.compare, config.save_dir) if ranks.rank == 0 else 0
         check_options(config)
         samples, problems = _validated(options)
-        config = _with_settings(config, options.bench_dir or "")
+        config = with_settings(config, options.bench_dir or "")
         path, why = find_checkpoint(config.ckpt_dir)
         _check_tools(options)
         folder = _folder(options, config, path)
@@ -174,7 +174,7 @@ def _validated(options: Options) -> tuple[list[Sample], list[Problem]]:
     return samples, problems
 
 
-def _with_settings(config: GenerateConfig, bench_dir: str) -> GenerateConfig:
+def with_settings(config: GenerateConfig, bench_dir: str) -> GenerateConfig:
     wanted = read_settings(bench_dir)
     missing = {name: value for name, value in wanted.items() if getattr(config, name) is None}
     if missing:
