@@ -16,7 +16,7 @@ import vdot.bench.scoring
 import vdot.cli
 from tests.conftest import ROOT, TINY
 from vdot import VdotPipeline
-from vdot.bench.run import with_settings, main, parse_options
+from vdot.bench.run import main, parse_options, with_settings
 from vdot.bench.scoring import cost
 from vdot.config import GenerateConfig
 from vdot.errors import ConfigError
