@@ -311,7 +311,7 @@ def worst_seam(frames: np.ndarray, truth: np.ndarray, chunks: tuple[Chunk, ...])
     return float(np.abs(steps[0] - steps[1])[at].max())
 
 
-# Over eight chunks 9 to 42 CIE76 add up without the anchor; up to 4.4 are left with it for seeds 0 to 15. What is left
+# Over eight chunks 9 to 42 CIE76 add up without the anchor; up to 5.8 are left with it for seeds 0 to 15. What is left
 # is mostly the first chunk's own drift, which is what the others are held to. Seeds 5 and 10 have a moving camera.
 @pytest.mark.parametrize("seed", [0, 1, 5, 10])
 @pytest.mark.parametrize("drift", [too_contrasty, ever_redder, too_saturated])
@@ -373,8 +373,8 @@ def test_an_assembly_of_one_pass_changes_nothing():
 
 
 def test_a_long_source_with_sound_keeps_every_frame_its_rate_and_sound_and_repeats(tmp_path, cli):
-    clip = make(tmp_path / "c.mp4", 30, size=(32, 48), fps=10, rate=44100)
-    asked = ("--prompt", "x", "--src_video", clip, "--size", "48*32", "--sample_steps", 1, "--frame_mode", "all")
+    clip = make(tmp_path / "c.mp4", 30, size=(16, 32), fps=10, rate=44100)
+    asked = ("--prompt", "x", "--src_video", clip, "--size", "32*16", "--sample_steps", 1, "--frame_mode", "all")
     code, plan, _ = cli(*asked, "--dry_run", "--chunk_overlap", 9)
     words = "chunks 3 passes of 17 frames: 0 to 16, 8 to 24, 16 to 29; each goes on from the last 9 frames"
     assert code == 0 and words in plan and "3 network evaluations" in plan and "in each of the 3 chunks" in plan

@@ -20,6 +20,7 @@ DRIFT_GAIN, DRIFT_SHIFT = 1.1, 12.0  # and by the first chunk's colours
 ALIKE = 24.0  # grey levels in any channel between two colours of what may be the same thing
 SMALL, REACH = 64, 16  # longer side of the pictures in which places are compared, and a camera's way in them
 OTHER_SCENE, SAME_SCENE = 0.25, 0.5  # share of places that look alike: up to here none of it is drift, from here on all
+PICKED = 5  # frames that show what a place looks like, whatever moves through it
 RECENT = 2  # last frames of the overlap that say how to go on from it
 CLEARLY = 0.7  # of the misfit: from here on a camera that moved explains a picture better than one that stands
 ENOUGH_KNOWN = 0.05  # of the later new pixels: then these, not the first chunk, say what the colours should be
@@ -105,7 +106,7 @@ class ColourAnchor:
 
     def learn(self, frames: np.ndarray) -> None:
         """``frames`` uint8 ``[T, H, W, 3]``: the first chunk as it is shown."""
-        self._first = _place(frames)
+        self._first = _evenly(frames, PICKED)
 
     def hold(self, decoded: np.ndarray, known: np.ndarray, where: np.ndarray, overlap: int) -> np.ndarray:
         """The new frames of a later chunk, those after the first ``overlap``, with corrected colours.
@@ -127,8 +128,9 @@ class ColourAnchor:
         """From the colours of ``frames``, corrected by ``seam``, to the first chunk's."""
         if self._first is None:
             return IDENTITY
-        now = _place(seam(frames))
-        still, moved = (_back(self._first, now, way) for way in ((0, 0), camera_way(self._first, now)))
+        count = min(PICKED, len(frames))  # as many of both, or what flickers would look fainter in one of them
+        first, now = _place(_evenly(self._first, count)), _place(seam(_evenly(frames, count)))
+        still, moved = (_back(first, now, way) for way in ((0, 0), camera_way(first, now)))
         # A camera that moves over a mere slope of colours and a tint look alike: then it stands.
         return moved[0] if moved[1] < CLEARLY * still[1] else still[0]
 
@@ -142,6 +144,10 @@ def _back(first: np.ndarray, now: np.ndarray, way: tuple[int, int]) -> tuple[Col
         return IDENTITY, math.inf
     back = transport(moments(now[alike]), moments(first[alike]), DRIFT_GAIN, DRIFT_SHIFT)
     return IDENTITY.towards(back, trust), _misfit(first, now @ back.matrix.T + back.offset)
+
+
+def _evenly(frames: np.ndarray, count: int) -> np.ndarray:
+    return frames[np.linspace(0, len(frames) - 1, count).round().astype(int)]
 
 
 def _place(frames: np.ndarray) -> np.ndarray:
@@ -162,7 +168,8 @@ def camera_way(first: np.ndarray, now: np.ndarray) -> tuple[int, int]:
     way = (0, 0)
     for step, reach in ((2, REACH // 2), (1, 1)):  # roughly over the whole reach, then to the pixel
         around = itertools.product(*(range(c - step * reach, c + step * reach + 1, step) for c in way))
-        ways = [(y, x) for y, x in around if abs(y) < now.shape[0] // 2 and abs(x) < now.shape[1] // 2]
+        rows, columns = (max(1, side // 2) for side in now.shape[:2])  # half of the place stays in view
+        ways = [(y, x) for y, x in around if abs(y) < rows and abs(x) < columns]
         way = min(ways, key=lambda w: (_misfit(*_overlap(first, now, *w)), abs(w[0]) + abs(w[1])))
     return way
 
