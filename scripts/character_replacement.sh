@@ -12,7 +12,7 @@
 #   3. Inside it the source shows the pose alone, drawn as DWPose does; outside, the clip. --control none: grey instead.
 #   4. The picture is cut out and laid on white. More pictures of the same person, with commas: other sides of them.
 #   5. The prompt says who is to be seen and what they do. --context_scale above 1 holds on to the pose more firmly.
-# The pose needs a model: `pip install --no-deps mediapipe==0.10.21 && pip install absl-py attrs flatbuffers matplotlib`
+# The pose needs a model: `pip install -e ".[annotate]" && pip install --no-deps mediapipe==0.10.21`
 # (its models are inside), or --backend vitpose. sam2 among the backends tracks better: --backend mediapipe,sam2
 # Look at results/annotate/<time>_character_replacement/preview.png before spending GPU hours.
 set -euo pipefail

@@ -13,7 +13,7 @@
 #   3. Inside it the source shows the pose alone, so that arms stay where they are; --control none: grey instead.
 #   4. The garment is cut out and laid on white. A picture of the garment alone works better than one of it worn.
 #   5. The prompt describes person and garment.
-# The pose needs a model: `pip install --no-deps mediapipe==0.10.21 && pip install absl-py attrs flatbuffers matplotlib`
+# The pose needs a model: `pip install -e ".[annotate]" && pip install --no-deps mediapipe==0.10.21`
 # (its models are inside), or --backend vitpose. Look at results/annotate/<time>_try_on/preview.png first.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"

@@ -20,8 +20,8 @@ from vdot.chunks import heaviest
 from vdot.conditioning import Condition
 from vdot.config import GenerateConfig, load_config
 from vdot.entry import enter
-from vdot.errors import CheckpointError, ConfigError, InputError, VdotError, one_line
-from vdot.jobs import Job, Outcome, read_jobs, run_jobs, summary
+from vdot.errors import CheckpointError, ConfigError, one_line
+from vdot.jobs import Job, Outcome, look_at_jobs, read_jobs, run_jobs, summary
 from vdot.memory import MemoryPlan, is_out_of_memory, plan_generation
 from vdot.models.attention import BACKENDS
 from vdot.models.presets import PRESETS
@@ -538,15 +538,5 @@ class Session:
             return run_jobs(jobs, folder, generate, hashed, self.ranks)
 
     def describe_jobs(self, jobs: list[Job]) -> int:
-        failed = 0
-        for job in jobs:
-            log.info("%s", job.id)
-            try:
-                if job.config is None:
-                    raise InputError(job.error or "bad row")
-                self.describe(job.config, self.prepare(job.config))
-            except VdotError as error:
-                failed += 1
-                log.info("  would fail: %s", one_line(error))
-        log.info("%d of %d would fail", failed, len(jobs))
-        return 1 if failed else 0
+        """See :func:`vdot.jobs.look_at_jobs`."""
+        return look_at_jobs(jobs, lambda row: self.describe(row, self.prepare(row)))

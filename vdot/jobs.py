@@ -155,6 +155,22 @@ def _beside(value: Any, key: str, folder: Path) -> Any:
     return ",".join(str(folder / path) if os.path.exists(folder / path) else path for path in listed)
 
 
+def look_at_jobs(jobs: Sequence[Job], look: Callable[[Any], object]) -> int:
+    """Say of each job what it would make (``look`` does) or why it would fail; 1 if any would."""
+    failed = 0
+    for job in jobs:
+        log.info("%s", job.id)
+        try:
+            if job.config is None:
+                raise InputError(job.error or "bad row")
+            look(job.config)
+        except VdotError as error:
+            failed += 1
+            log.info("  would fail: %s", one_line(error))
+    log.info("%d of %d would fail", failed, len(jobs))
+    return 1 if failed else 0
+
+
 def run_jobs(
     jobs: list[Job],
     folder: Path,

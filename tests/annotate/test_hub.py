@@ -58,20 +58,25 @@ def test_depth(place, clip, name, monkeypatch):
     assert (seen & (frames[0, ..., 0] > 127)).sum() / (seen | (frames[0, ..., 0] > 127)).sum() > 0.8
 
 
-def test_sam2_tracks_and_fills(place, clip, monkeypatch):
-    spec = place("sam2")
+@pytest.mark.parametrize("name", ["sam2", "sam3"])
+def test_sam_tracks_and_fills(place, clip, name, monkeypatch):
+    spec = place(name)
     mask = clip.masks[0] == 1
     found = track(clip.frames[:4], mask, spec)
     assert found.shape == (4, 64, 64) and found.dtype == bool and (found[0] == mask).all()
     filled = Tools(spec)("segment")(clip.frames[0], (5, 8, 40, 50))
     assert filled.shape == (64, 64) and filled.dtype == bool
     # Frames as the model's own processor makes them (compared once with it: within a grey level, equal logits).
-    from vdot.annotate.sam import sam2
+    from vdot.annotate import sam as module
 
-    sam = sam2(spec.partition(":")[2])
+    sam = getattr(module, name)(spec.partition(":")[2])
     white = sam.frames(np.full((1, 20, 30, 3), 255, np.uint8))
-    assert white.shape == (1, 3, 64, 64)
-    assert white[0, :, 5, 5].tolist() == pytest.approx([(1 - 0.485) / 0.229, (1 - 0.456) / 0.224, (1 - 0.406) / 0.225])
+    side, full = {
+        "sam2": (64, [(1 - 0.485) / 0.229, (1 - 0.456) / 0.224, (1 - 0.406) / 0.225]),
+        "sam3": (56, [1, 1, 1]),
+    }[name]
+    assert white.shape == (1, 3, side, side)
+    assert white[0, :, 5, 5].tolist() == pytest.approx(full, abs=1e-5)
     # A network that repeats the mask that it was given.
     given = {}
 
@@ -204,11 +209,12 @@ def test_packages_that_are_not_installed_are_named(monkeypatch, tmp_path):
     real = __import__("importlib").util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "mediapipe" else real(name))
     monkeypatch.setenv("VDOT_ANNOTATORS", str(tmp_path))
-    with pytest.raises(
-        MissingDependencyError, match=r"pip install --no-deps mediapipe==0\.10\.21.*vitpose-base-simple"
-    ):
+    with pytest.raises(MissingDependencyError, match=r"--no-deps mediapipe==0\.10\.21.*vitpose-base-simple"):
         control("pose", np.zeros((2, 32, 32, 3), np.uint8))
-    with pytest.raises(MissingDependencyError, match="needs the package mediapipe: run `pip install --no-deps"):
+    with pytest.raises(
+        MissingDependencyError,
+        match=r"needs the package mediapipe: run `pip install -e .*--no-deps mediapipe==0\.10\.21`",
+    ):
         control("pose", np.zeros((2, 32, 32, 3), np.uint8), "mediapipe")
 
 

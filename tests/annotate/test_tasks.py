@@ -80,6 +80,11 @@ def test_inpainting_modes(clip, toy):
     assert (boxed.src_mask[5] == 255).sum() == (box[2] - box[0]) * (box[3] - box[1])
     filled = annotate("inpainting_bboxtrack", Material(video=video, bbox=[box]))
     assert ((filled.src_mask[0] > 0) & true[0]).sum() / ((filled.src_mask[0] > 0) | true[0]).sum() > 0.7
+    other = clip.masks == 2
+    several = [tuple(clip.boxes[0, 0]), tuple(clip.boxes[0, 1])] if len(clip.scene.things) > 1 else [box]
+    both = annotate("inpainting", Material(video=video, bbox=several))
+    seen = (both.src_mask[-1] > 0) & (true | other)[-1]
+    assert seen.sum() > 0.7 * (true | other)[-1].sum()  # each box is tracked by itself
     for mode in ("salient", "salientmasktrack", "salientbboxtrack"):
         white = np.full((3, 96, 96, 3), 255, np.uint8)
         for t in range(3):
@@ -216,6 +221,11 @@ def test_replacement_shows_only_the_pose_inside_the_mask(clip, toy, walker, task
         ("reference_control", {"video": "v", "images": "i", "control": "deep"}, "unknown control 'deep'"),
         ("pose", {"video": "v", "mode": "body,feet"}, "unknown mode 'feet' of pose"),
         ("subject", {"images": "i", "mode": "tail"}, "unknown mode 'tail' of a reference"),
+        (
+            "swap_anything",
+            {"video": "v", "images": "i", "bbox": [(1, 1, 9, 9)], "mode": "bbox,mask"},
+            "unknown mode 'mask' of the references beside a clip",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence(clip, task, material, message):
@@ -230,7 +240,7 @@ def test_without_a_model_only_some_words_are_known(clip, monkeypatch, tmp_path):
     monkeypatch.setenv("VDOT_ANNOTATORS", str(tmp_path))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(
-        InputError, match=r"without a model only person, people.* not 'zebra': use --backend grounding_dino"
+        InputError, match=r"opencv finds only person, people.* not 'zebra': use --backend grounding_dino"
     ):
         annotate("inpainting", Material(video=clip.frames, label="zebra"))
     with pytest.raises(InputError, match="nothing like 'person' was found in the first frame"):

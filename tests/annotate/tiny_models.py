@@ -111,6 +111,42 @@ def sam2(folder: Path) -> Path:
     return folder
 
 
+def sam3(folder: Path) -> Path:
+    from transformers import Sam3TrackerVideoConfig, Sam3TrackerVideoModel
+
+    side = 56
+    config = Sam3TrackerVideoConfig(
+        vision_config={
+            "model_type": "sam3_vision_model",
+            "backbone_config": {
+                "model_type": "sam3_vit_model",
+                "hidden_size": 32,
+                "intermediate_size": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "image_size": side,
+                "patch_size": 14,
+                "window_size": 2,
+                "global_attn_indexes": [1],
+                "pretrain_image_size": 28,
+            },
+            "fpn_hidden_size": 256,
+            "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+        },
+        prompt_encoder_config={"hidden_size": 256, "image_size": side, "patch_size": 14, "mask_input_channels": 4},
+        mask_decoder_config={"hidden_size": 256, "mlp_dim": 32, "num_attention_heads": 2, "iou_head_hidden_dim": 16},
+        image_size=side,
+        memory_attention_num_layers=1,
+        memory_attention_feed_forward_hidden_size=32,
+        memory_attention_rope_feat_sizes=[4, 4],
+        memory_fuser_intermediate_dim=32,
+        memory_fuser_num_layers=1,
+    )
+    torch.manual_seed(0)
+    Sam3TrackerVideoModel(config).save_pretrained(folder)
+    return folder
+
+
 def _tokenizer(folder: Path, words: list[str]) -> None:
     (folder / "vocab.txt").write_text(
         "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", "?", *words]) + "\n"

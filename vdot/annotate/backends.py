@@ -18,7 +18,7 @@ from typing import Any
 from vdot.errors import InputError, MissingDependencyError
 
 ROOT = Path(__file__).resolve().parents[2]
-MEDIAPIPE = "pip install --no-deps mediapipe==0.10.21 && pip install absl-py attrs flatbuffers matplotlib"
+MEDIAPIPE = 'pip install -e ".[annotate]" && pip install --no-deps mediapipe==0.10.21'
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from typing import Any, cast
 from vdot.annotate.material import SIDECAR, Annotated
 from vdot.annotate.reading import Read, read_material
 from vdot.annotate.tasks import TASKS, annotate, check_material, resolve
-from vdot.cli import GROUPS, Form, make, parse
+from vdot.cli import GROUPS, Form, check_options, make, parse
 from vdot.config import GenerateConfig
 from vdot.entry import enter
 from vdot.errors import ConfigError, InputError, VdotError, one_line
-from vdot.jobs import PER_ROW, Job, Outcome, read_jobs, summary
+from vdot.jobs import PER_ROW, Job, Outcome, look_at_jobs, read_jobs, summary
 from vdot.parallel.state import Ranks
 from vdot.record import file_hash, writable
 from vdot.request import reference_list
@@ -110,19 +110,21 @@ def _run(argv: Sequence[str], prog: str, ranks: Ranks) -> int:
         for name in MADE_HERE:
             if getattr(config, name):
                 raise ConfigError(f"--{name} is what is made here: for a ready input use vace_wan_inference.py")
+        check_options(config)
     if config.jobs is not None:
         return _table(config, config.jobs, ranks)
     with ranks.agree():
-        read = _read(config)
-        if config.dry_run:
-            return 0
-        folder = Path(config.pre_save_dir or f"results/annotate/{time.strftime('%Y-%m-%d_%H-%M-%S')}_{config.task}")
+        read = _read(config) if ranks.rank == 0 else None
+    if config.dry_run:
+        return 0
+    folder = Path(config.pre_save_dir or f"results/annotate/{time.strftime('%Y-%m-%d_%H-%M-%S')}_{config.task}")
     with ExitStack() as stack, ranks.agree():
-        if ranks.rank == 0:
+        if read is not None:  # one process prepares
             folder = stack.enter_context(writable(folder, fresh=config.pre_save_dir is None))
             _prepare(config, read, folder)
     folder = ranks.share(folder)
-    if config.prompt is None:
+    if not config.prompt:
+        log.info("next  %s", generator_command(folder))
         return 0
     return make(GenerateConfig(**_generation(config, folder)), ranks)
 
@@ -180,7 +182,7 @@ def _record(config: PrepareConfig, folder: Path) -> dict[str, Any]:
     for name in FILES:
         if name in asked:
             asked[name] = ",".join(str(Path(path).absolute()) for path in _paths(config, name))
-    if config.prompt is not None:
+    if config.prompt:
         asked["prompt"] = config.prompt
     return {"asked": asked}
 
@@ -226,7 +228,7 @@ def _table(config: PrepareConfig, table: str, ranks: Ranks) -> int:
         jobs = read_jobs(table, base, (*OWN_PER_ROW, *(n for n in PER_ROW if n not in MADE_HERE)), FILES)
         folder = Path(config.pre_save_dir or f"results/annotate/{Path(table).stem}")
     if config.dry_run:
-        return _look_at_table(jobs)
+        return look_at_jobs(jobs, _read) if ranks.rank == 0 else 0
     with ExitStack() as stack:
         with ranks.agree():
             stack.enter_context(writable(folder))
@@ -237,7 +239,7 @@ def _table(config: PrepareConfig, table: str, ranks: Ranks) -> int:
     if ranks.rank == 0:
         for line in summary(list(outcomes.values())):
             log.info("%s", line)
-    failed = any(outcome.status == "failed" for outcome in outcomes.values())
+    failed = ranks.rank == 0 and any(outcome.status == "failed" for outcome in outcomes.values())  # said once
     ready = [job for i, job in enumerate(jobs) if outcomes[i].status != "failed" and job.config and job.config.prompt]
     if not ready:
         return int(failed)
@@ -291,18 +293,3 @@ def _write_rows(path: Path, jobs: Sequence[Job], base: PrepareConfig, folder: Pa
         lines.append(json.dumps({"id": job.id, "prompt": values["prompt"], **own, **files}))
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as stream:
         stream.write("\n".join(lines) + "\n")
-
-
-def _look_at_table(jobs: Sequence[Job]) -> int:
-    failed = 0
-    for job in jobs:
-        log.info("%s", job.id)
-        try:
-            if job.config is None:
-                raise InputError(job.error or "bad row")
-            _read(cast(PrepareConfig, job.config))
-        except VdotError as error:
-            failed += 1
-            log.info("  would fail: %s", one_line(error))
-    log.info("%d of %d would fail", failed, len(jobs))
-    return 1 if failed else 0

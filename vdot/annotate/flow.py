@@ -11,6 +11,7 @@ from vdot.annotate.lines import luminance
 MATCH_SIDE = 128  # pixels of the short side that frames are matched at, at least: the matcher's patches are 8 wide
 # Steps of the wheel between red, yellow, green, cyan, blue, magenta and red again: more where the eye sees more.
 WHEEL_STEPS = (15, 6, 4, 11, 13, 6)
+FULLEST = 0.999  # quantile of a frame's lengths that has the fullest colour: a few false vectors do not pale the rest
 
 Flow = Callable[[np.ndarray], np.ndarray]
 Match = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -58,13 +59,14 @@ def colour_wheel() -> np.ndarray:
 def draw_flow(flow: np.ndarray) -> np.ndarray:
     """``[T, H, W, 2]`` pixels -> uint8 ``[T, H, W, 3]``: hue is direction, white is still.
 
-    Each frame's longest vector has the fullest colour, as in VACE's preparation: the picture shows relative speed.
+    Each frame's longest vectors have the fullest colour, as in VACE's preparation: the picture shows relative speed.
     """
     wheel = colour_wheel()
     out = np.empty((*flow.shape[:3], 3), np.uint8)
     for field, picture in zip(flow.astype(np.float64), out, strict=True):
         length = np.hypot(field[..., 0], field[..., 1])
-        share = length / (length.max() + 1e-5)
+        longest = np.quantile(length, FULLEST, method="higher")
+        share = np.minimum(length / (longest + 1e-5), 1)
         turn = (np.arctan2(-field[..., 1], -field[..., 0]) / np.pi + 1) / 2 * (len(wheel) - 1)
         low = np.floor(turn).astype(int)
         rest = (turn - low)[..., None]

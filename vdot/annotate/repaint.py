@@ -15,7 +15,7 @@ NEEDS: dict[str, str] = {
     "masktrack": "mask", "bboxtrack": "bbox", "label": "label", "caption": "caption",
 }  # fmt: skip
 MODES = tuple(NEEDS)
-KINDS = ("salient", "segment", "find", "track")
+KINDS = ("salient", "segment", "find", "track", "face")
 
 
 def default_mode(material: Material) -> str:
@@ -37,16 +37,17 @@ def region(frames: np.ndarray, material: Material, mode: str, tools: Tools) -> n
     """
     if mode not in NEEDS:
         raise InputError(f"unknown mode {mode!r}: use {', '.join(MODES)}")
-    if NEEDS[mode] and getattr(material, NEEDS[mode]) is None:
+    given = getattr(material, NEEDS[mode]) if NEEDS[mode] else ()
+    if given is None or (NEEDS[mode] == "bbox" and not len(given)):
         raise InputError(f"mode {mode} needs --{NEEDS[mode]}")
     count, height, width = frames.shape[:3]
     if mode == "mask":
         mask = check_mask(material.mask, height, width, count)
         return np.broadcast_to(mask, frames.shape[:3]).copy()
-    first = _FIRST[mode](frames[0], material, tools)
+    things = _FIRST[mode](frames[0], material, tools)
     if mode in ("salient", "bbox") or count == 1:
-        return np.repeat(first[None], count, axis=0)
-    return tools("track")(frames, first)
+        return np.repeat(np.any(things, axis=0)[None], count, axis=0)
+    return np.any([tools("track")(frames, thing) for thing in things], axis=0)
 
 
 def augmented(masks: np.ndarray, material: Material, mode: str | None = None, ratio: float | None = None) -> np.ndarray:
@@ -56,44 +57,40 @@ def augmented(masks: np.ndarray, material: Material, mode: str | None = None, ra
     return augment(masks, material.maskaug_mode or "original_expand", material.maskaug_ratio)
 
 
-def _salient(image: np.ndarray, material: Material, tools: Tools) -> np.ndarray:
-    return tools("salient")(image)
+def _salient(image: np.ndarray, material: Material, tools: Tools) -> list[np.ndarray]:
+    return [tools("salient")(image)]
 
 
-def _painted(image: np.ndarray, material: Material, tools: Tools) -> np.ndarray:
+def _painted(image: np.ndarray, material: Material, tools: Tools) -> list[np.ndarray]:
     mask = np.asarray(material.mask)
-    return check_mask(mask if mask.ndim == 2 else mask[0], image.shape[0], image.shape[1])
+    return [check_mask(mask if mask.ndim == 2 else mask[0], image.shape[0], image.shape[1])]
 
 
-def _boxes(image: np.ndarray, material: Material, tools: Tools) -> np.ndarray:
-    out = np.zeros(image.shape[:2], bool)
-    for box in material.bbox or ():
-        out |= filled_box(check_box(box, *image.shape[:2]), *image.shape[:2])
-    if not out.any():
-        raise InputError("no box was given: --bbox left,top,right,bottom")
-    return out
+def _boxes(image: np.ndarray, material: Material, tools: Tools) -> list[np.ndarray]:
+    return [filled_box(check_box(box, *image.shape[:2]), *image.shape[:2]) for box in material.bbox or ()]
 
 
-def _in_boxes(image: np.ndarray, material: Material, tools: Tools) -> np.ndarray:
-    out = np.zeros(image.shape[:2], bool)
-    for box in material.bbox or ():
-        out |= tools("segment")(image, check_box(box, *image.shape[:2]))
-    return out if out.any() else _boxes(image, material, tools)
+def _in_boxes(image: np.ndarray, material: Material, tools: Tools) -> list[np.ndarray]:
+    """What fills each box, and the box itself where nothing was found to."""
+    boxes = [check_box(box, *image.shape[:2]) for box in material.bbox or ()]
+    found = [tools("segment")(image, box) for box in boxes]
+    return [f if f.any() else filled_box(box, *image.shape[:2]) for f, box in zip(found, boxes, strict=True)]
 
 
-def _in_salient_box(image: np.ndarray, material: Material, tools: Tools) -> np.ndarray:
-    return tools("segment")(image, box_of(tools("salient")(image)))
+def _in_salient_box(image: np.ndarray, material: Material, tools: Tools) -> list[np.ndarray]:
+    return [tools("segment")(image, box_of(tools("salient")(image)))]
 
 
-def _named(image: np.ndarray, material: Material, tools: Tools) -> np.ndarray:
+def _named(image: np.ndarray, material: Material, tools: Tools) -> list[np.ndarray]:
     text = material.label or material.caption or ""
     found = tools("find")(image, text, tools)
     if not found.any():
         raise InputError(f"nothing like {text!r} was found in the first frame: use other words, --mask or --bbox")
-    return found
+    return [found]
 
 
-_FIRST: dict[str, Callable[[np.ndarray, Material, Tools], np.ndarray]] = {
+# Of each mode the things in the first frame, a mask each.
+_FIRST: dict[str, Callable[[np.ndarray, Material, Tools], list[np.ndarray]]] = {
     "salient": _salient,
     "bbox": _boxes,
     "salientmasktrack": _salient,

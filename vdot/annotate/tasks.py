@@ -8,14 +8,7 @@ import numpy as np
 from vdot.annotate import repaint, subject
 from vdot.annotate.backends import Tools
 from vdot.annotate.controls import CONTROLS, kind_of, make_control
-from vdot.annotate.extend import (
-    EXPAND_NUM,
-    check_ratio,
-    extend,
-    inner_margin,
-    outpaint,
-    parse_directions,
-)
+from vdot.annotate.extend import EXPAND_NUM, check_ratio, extend, inner_margin, outpaint, parse_directions
 from vdot.annotate.layout import FRAME, FRAMES, boxes_between, draw_boxes, draw_outlines
 from vdot.annotate.material import FPS, Annotated, Material, check_frames, check_image
 from vdot.conditioning import as_mask, hide
@@ -26,7 +19,8 @@ Build = Callable[[Material, Tools, list[str]], Annotated]
 FRAME_MODES = ("firstframe", "lastframe", "firstlastframe")
 CLIP_MODES = ("firstclip", "lastclip", "firstlastclip")
 REGION = ("mask", "bbox", "label", "caption", "maskaug_mode", "maskaug_ratio")
-BOX_AROUND = ("bbox_expand", 0.2)  # mask of who is replaced: an outline would tell the old shape
+# Shape of the mask where nothing is said: an outline would tell the new person the old one's shape.
+ROOM = {"character_replacement": ("bbox_expand", 0.2), "try_on": ("original_expand", 0.15)}
 NO_CONTROL = "none"
 
 
@@ -77,16 +71,21 @@ def _mode(material: Material, modes: Sequence[str], default: str) -> str:
     return mode
 
 
-def _two_modes(material: Material, first: str, second: str) -> tuple[str, str]:
-    """ "a,b" for the clip and for the references; one word is for both, as VACE has it."""
-    if material.mode is None:
-        return first, second
-    a, comma, b = material.mode.partition(",")
-    return (a.strip(), b.strip()) if comma else (a.strip(), a.strip())
+def _two_modes(material: Material, first: str) -> tuple[str, str]:
+    """ "a,b" for the clip and for the references, which are about whatever stands out where nothing is said.
+
+    Masks, boxes and words are about the clip.
+    """
+    a, comma, b = (material.mode or first).partition(",")
+    if not comma:
+        return a.strip(), "salient"
+    if b.strip() not in ("plain", "salient", "face"):
+        raise InputError(f"unknown mode {b.strip()!r} of the references beside a clip: use plain, salient or face")
+    return a.strip(), b.strip()
 
 
 def _repainted(
-    frames: np.ndarray, masks: np.ndarray, material: Material, notes: list[str], filler: np.ndarray | None = None
+    frames: np.ndarray, masks: np.ndarray, notes: list[str], filler: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Source and mask of a region that is unknown, or shows ``filler``."""
     lost = int((~masks.any((1, 2))).sum())
@@ -94,6 +93,8 @@ def _repainted(
         notes.append(
             f"the region is empty in {lost} of {len(masks)} frames: the thing was lost or has left the picture"
         )
+    if masks.mean() > 0.9:
+        notes.append("the mask covers nearly all of the picture: --maskaug_mode original_expand keeps more of it")
     return hide(frames, masks, filler), as_mask(masks)
 
 
@@ -118,9 +119,13 @@ def _layout_bbox(material: Material, tools: Tools, notes: list[str]) -> Annotate
     still = FRAMES if frames is None or material.video is None else len(frames)
     count = still if material.expand_num is None else material.expand_num
     boxes = boxes_between(material.bbox or (), _at_least_one(count), height, width)
+    _say_black(material, notes)
+    return Annotated("layout_bbox", draw_boxes(boxes, height, width), fps=_fps(material))
+
+
+def _say_black(material: Material, notes: list[str]) -> None:
     if material.label:
         notes.append(f"the label {material.label!r} has no colour of its own here: the box is black")
-    return Annotated("layout_bbox", draw_boxes(boxes, height, width), fps=_fps(material))
 
 
 def _at_least_one(count: int) -> int:
@@ -175,7 +180,7 @@ def _inpainting(material: Material, tools: Tools, notes: list[str]) -> Annotated
     masks = repaint.augmented(masks, material)
     if material.maskaug_mode is None and material.maskaug_ratio is None:
         notes.append("the mask is as tight as it was found: --maskaug_mode bbox_expand leaves more room for new shapes")
-    source, mask = _repainted(frames, masks, material, notes)
+    source, mask = _repainted(frames, masks, notes)
     return Annotated("inpainting", source, mask, fps=_fps(material))
 
 
@@ -224,35 +229,26 @@ def _animate(material: Material, tools: Tools, notes: list[str]) -> Annotated:
 
 def _swap(material: Material, tools: Tools, notes: list[str]) -> Annotated:
     frames = check_frames(material.video)
-    of_clip, of_images = _two_modes(material, repaint.default_mode(material), "salient")
+    of_clip, of_images = _two_modes(material, repaint.default_mode(material))
     masks = repaint.augmented(repaint.region(frames, material, of_clip, tools), material)
-    # What is painted, boxed or named is in the clip; the references are about whatever stands out.
-    references = _references(_images(material, 1), _unaugmented(material), _of_references(of_images), tools)
-    source, mask = _repainted(frames, masks, material, notes)
+    references = _references(_images(material, 1), Material(), of_images, tools)
+    source, mask = _repainted(frames, masks, notes)
     return Annotated("swap_anything", source, mask, references, _fps(material))
-
-
-def _of_references(mode: str) -> str:
-    return "salient" if mode in ("mask", "bbox", "masktrack", "bboxtrack") else mode
-
-
-def _unaugmented(material: Material) -> Material:
-    return replace(material, maskaug_mode=None, maskaug_ratio=None)
 
 
 def _expand(material: Material, tools: Tools, notes: list[str]) -> Annotated:
     """The first picture, outpainted, is the first frame; the others are references."""
     images = _images(material, 1)
-    of_frame, of_images = "firstframe", material.mode or "salient"
-    if "," in of_images:
-        of_frame, of_images = _two_modes(material, "", "")
+    of_frame, comma, of_images = (material.mode or "").partition(",")
+    if not comma:  # one word is about the references
+        of_frame, of_images = "firstframe", of_frame or "salient"
     if of_frame not in FRAME_MODES[:2]:
         raise InputError(f"unknown mode {of_frame!r} of the frame: use {' or '.join(FRAME_MODES[:2])}")
     grown, edge = outpaint(images[0][None], parse_directions(material.direction), check_ratio(material.expand_ratio, 4))
     first, last = (grown, None) if of_frame == "firstframe" else (None, grown)
     source, white = extend(first, last, _unknown(material))
     white[0 if of_frame == "firstframe" else -1] = edge[0]
-    references = _references(images[1:], material, of_images, tools)
+    references = _references(images[1:], material, of_images.strip(), tools)
     return Annotated("expand_anything", source, as_mask(white), references, _fps(material))
 
 
@@ -262,6 +258,7 @@ def _move(material: Material, tools: Tools, notes: list[str]) -> Annotated:
     height, width = image.shape[:2]
     if len(material.bbox or ()) < 2:
         raise InputError('move_anything needs two boxes, from where to where: --bbox "l,t,r,b l,t,r,b"')
+    _say_black(material, notes)
     count = _at_least_one(_unknown(material))
     layout = draw_boxes(boxes_between(material.bbox or (), count, height, width), height, width)
     source = np.concatenate([image[None], layout])
@@ -276,6 +273,8 @@ def _firstframe_control(fixed: str | None) -> Build:
     def build(material: Material, tools: Tools, notes: list[str]) -> Annotated:
         control = _named_control(fixed, material)
         frames = check_frames(material.video)
+        if len(frames) < 2:
+            raise InputError("the video has one frame: nothing would be left to generate")
         source = make_control(control, frames, tools, material.mode)
         images = _images(material, 0, 1)
         first = fit_frames(images[0][None], *frames.shape[1:3]) if images else frames[:1]
@@ -312,15 +311,13 @@ def _replacement(name: str, word: str) -> Build:
         frames = check_frames(material.video)
         given = any(getattr(material, key) is not None for key in ("mask", "bbox", "label", "caption"))
         asked = material if given or material.mode else replace(material, label=word)
-        of_clip, of_images = _two_modes(material, repaint.default_mode(asked), "salient")
+        of_clip, of_images = _two_modes(material, repaint.default_mode(asked))
         masks = repaint.region(frames, asked, of_clip, tools)
-        masks = repaint.augmented(
-            masks, material, *(BOX_AROUND if name == "character_replacement" else ("original_expand", 0.15))
-        )
+        masks = repaint.augmented(masks, material, *ROOM[name])
         control = material.control or "pose"
         filler = None if control == NO_CONTROL else make_control(control, frames, tools)
-        source, mask = _repainted(frames, masks, material, notes, filler)
-        references = _references(_images(material, 1), _unaugmented(material), _of_references(of_images), tools)
+        source, mask = _repainted(frames, masks, notes, filler)
+        references = _references(_images(material, 1), Material(), of_images, tools)
         return Annotated(name, source, mask, references, _fps(material))
 
     return build
@@ -387,7 +384,7 @@ TASKS: dict[str, Task] = {
     ),
     "swap_anything": Task(
         "references take the place of a thing", _swap, ("video", *_SUBJECT), ("video", "images"),
-        (*repaint.KINDS, "face"), repaint.MODES,
+        repaint.KINDS, repaint.MODES,
     ),
     "expand_anything": Task(
         "a picture grows, becomes a clip and gets company",
@@ -423,11 +420,11 @@ TASKS: dict[str, Task] = {
     },
     "character_replacement": Task(
         "the person of a clip becomes the person of a picture", _replacement("character_replacement", "person"),
-        ("video", "control", *_SUBJECT), ("video", "images"), (*_POSSIBLE, *repaint.KINDS, "face"), repaint.MODES,
+        ("video", "control", *_SUBJECT), ("video", "images"), (*_POSSIBLE, *repaint.KINDS), repaint.MODES,
     ),
     "try_on": Task(
         "the person of a clip wears the garment of a picture", _replacement("try_on", "shirt"),
-        ("video", "control", *_SUBJECT), ("video", "images"), (*_POSSIBLE, *repaint.KINDS, "face"), repaint.MODES,
+        ("video", "control", *_SUBJECT), ("video", "images"), (*_POSSIBLE, *repaint.KINDS), repaint.MODES,
     ),
 }  # fmt: skip
 # Other names that VACE's tools use: the task and the mode that they fix.

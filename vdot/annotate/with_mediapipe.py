@@ -13,7 +13,7 @@ import numpy as np
 
 from vdot.annotate.salient import stands_out
 from vdot.annotate.skeleton import Person, with_neck
-from vdot.errors import InputError
+from vdot.annotate.with_opencv import kind_of_word, surest
 
 # MediaPipe's landmarks as the body's points without a neck: nose, right arm, left arm, right leg, left leg, eyes, ears.
 BODY = (0, 12, 14, 16, 11, 13, 15, 24, 26, 28, 23, 25, 27, 5, 2, 8, 7)
@@ -78,14 +78,9 @@ def people() -> Callable[[np.ndarray, str, Any], np.ndarray]:
     return _outline
 
 
-PERSON_WORDS = ("person", "people", "man", "woman", "human", "boy", "girl", "child", "character")
-
-
 def _outline(image: np.ndarray, text: str, tools: Any) -> np.ndarray:
-    if text.strip().lower() not in PERSON_WORDS:
-        raise InputError(
-            f"mediapipe finds people only, not {text!r}: use --backend grounding_dino or clipseg, --mask or --bbox"
-        )
+    if kind_of_word(text, "mediapipe") == "face":
+        return surest(image, tools("face")(image), tools)
     return _people_mask(image)
 
 

@@ -10,7 +10,10 @@ import numpy as np
 from vdot.errors import InputError, MissingDependencyError
 
 SIDE = 640  # pixels of the long side at which people are looked for
-WORDS = {"person": "people", "people": "people", "man": "people", "woman": "people", "human": "people", "face": "face"}
+WORDS = {
+    **dict.fromkeys(("person", "people", "man", "woman", "human", "boy", "girl", "child"), "people"),
+    "face": "face",
+}
 
 
 def faces() -> Callable[[np.ndarray], np.ndarray]:
@@ -52,14 +55,23 @@ def find() -> Callable[[np.ndarray, str, Any], np.ndarray]:
 
 
 def _find(image: np.ndarray, text: str, tools: Any) -> np.ndarray:
+    kind = kind_of_word(text, "opencv")
+    return surest(image, people(image) if kind == "people" else tools("face")(image), tools)
+
+
+def kind_of_word(text: str, backend: str) -> str:
+    """ "people" or "face". ``InputError`` for any other word."""
     kind = WORDS.get(text.strip().lower())
     if kind is None:
-        known = ", ".join(WORDS)
         raise InputError(
-            f"without a model only {known} can be found by name, not {text!r}: use --backend grounding_dino or "
-            "clipseg, --mask or --bbox"
+            f"{backend} finds only {', '.join(WORDS)} by name, not {text!r}: use --backend grounding_dino or clipseg, "
+            "--mask or --bbox"
         )
-    boxes = people(image) if kind == "people" else tools("face")(image)
+    return kind
+
+
+def surest(image: np.ndarray, boxes: np.ndarray, tools: Any) -> np.ndarray:
+    """What fills the first box, bool ``[H, W]``; empty when there is none."""
     if not len(boxes):
         return np.zeros(image.shape[:2], bool)
     return tools("segment")(image, tuple(boxes[0].tolist()))
