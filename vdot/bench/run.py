@@ -55,8 +55,8 @@ EXAMPLES = """examples:
   two results
     %(prog)s --compare results/uvcbench/VDOT results/uvcbench/VACE
 
-All options of vace_wan_inference.py that are not about one video work as well: --ckpt_dir, --save_dir, --size, --sample_steps,
---offload_model, --ulysses_size, --dry_run, key=value, ... (see its --help)."""
+All options of vace_wan_inference.py that are not about one video work as well: --ckpt_dir, --save_dir, --size,
+--sample_steps, --offload_model, --ulysses_size, --dry_run, key=value, ... (see its --help)."""
 FAILED = "not measured: "
 OF_ONE_VIDEO = ("prompt", "src_video", "src_mask", "src_ref_images", "save_file", "jobs")
 
