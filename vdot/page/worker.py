@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from vdot.chunks import heaviest
-from vdot.cli import Session, open_session
+from vdot.cli import Session, find_model, open_session
 from vdot.config import GenerateConfig
 from vdot.entry import enter
 from vdot.errors import VdotError, one_line
@@ -72,7 +72,9 @@ def work(pipe: Any, config: PageConfig) -> None:
 
 def _serve(pipe: Any, config: PageConfig, ranks: Ranks) -> int:
     try:
-        worker = Worker(pipe, open_session(config, ranks))
+        with ranks.agree():
+            path, info = find_model(config)
+        worker = Worker(pipe, open_session(config, path, info, ranks, many=False))
         worker.begin()
         while worker.serve_one():
             pass
