@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-hypothesis.settings.register_profile("vdot", deadline=None)  # a loaded machine is not a failure
+# A loaded machine is not a failure; the same examples every time, so that a failure is the change's own.
+hypothesis.settings.register_profile("vdot", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("vdot")
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -117,3 +118,27 @@ def inputs(tmp_path_factory) -> Path:
     Image.fromarray(mask[0]).save(folder / "mask.png")
     Image.fromarray(frames[4]).save(folder / "toy.png")
     return folder
+
+
+@pytest.fixture
+def cli(capsys):
+    """``cli(args...) -> (exit code, stdout, stderr)`` of ``inference/vace_wan_inference.py``."""
+    from vdot.cli import main
+
+    def run(*args):
+        code = main([str(a) for a in args])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def one_memory_plan():
+    """Let one memory plan do for all runs of a file: test_memory.py counts them."""
+    import vdot.cli
+
+    patch, plans, plan = pytest.MonkeyPatch(), {}, vdot.cli.plan_generation
+    patch.setattr(vdot.cli, "plan_generation", lambda *args: plans.get(0) or plans.setdefault(0, plan(*args)))
+    yield
+    patch.undo()

@@ -53,6 +53,7 @@ ENTRIES = (
     "vdot.annotate",
     "vdot.evaluate",
     "vdot.entry",
+    "vdot.prompts",
 )
 # Annotators know files, pixels and their own backends; only their command line knows the generator.
 NOT_FOR_ANNOTATE = (
@@ -68,6 +69,9 @@ FORBIDDEN = {
     "vdot.transport": (*ENTRIES, "vdot.checkpoints", "vdot.conditioning", "vdot.video", "vdot.sampling"),
     "vdot.video": (*ENTRIES, "vdot.models", "vdot.checkpoints", "vdot.sampling", "vdot.conditioning"),
     "vdot.parallel": ENTRIES,
+    "vdot.chunks": (*ENTRIES, "vdot.models", "vdot.checkpoints", "vdot.sampling", "vdot.parallel"),
+    "vdot.anchor": ("vdot",),
+    "vdot.prompts": ("vdot.cli", "vdot.pipeline", "vdot.jobs", "vdot.record", "vdot.request", "vdot.models"),
     "vdot.config": (*ENTRIES, "vdot.models", "vdot.checkpoints"),
     "vdot.errors": ("vdot",),
     "vdot.request": ("vdot.cli", "vdot.pipeline", "vdot.jobs", "vdot.models", "vdot.sampling", "vdot.annotate"),

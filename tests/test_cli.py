@@ -54,18 +54,6 @@ def quick():
     patch.undo()
 
 
-@pytest.fixture
-def cli(capsys):
-    """``cli(args...) -> (exit code, stdout, stderr)``."""
-
-    def run(*args):
-        code = vdot.cli.main([str(a) for a in args])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
-
-
 def outputs(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir() if p.name != "run.json"}
 
@@ -305,7 +293,7 @@ WRONG = [
     (("--prompt", "x", "--context_scale", "-1"), "context_scale must be a number"),
     (("--prompt", "x", "--fps", "0"), "fps must be a number"),
     (("--prompt", "x", "--base_seed", "9" * 30), "seed must be at most"),
-    (("--prompt", "x", "--frame_mode", "all"), "unknown frame_mode"),
+    (("--prompt", "x", "--frame_mode", "most"), "unknown frame_mode"),
     (("--prompt", "x", "--src_video", "gone.mp4"), "gone.mp4 does not exist"),
     (("--prompt", "x", "--src_ref_images", "gone.png"), "gone.png does not exist"),
     (("--prompt", "x", "--src_mask", "m.mp4"), "a mask needs the source video"),
@@ -318,7 +306,7 @@ WRONG = [
     (("--prompt", "x", "--model_name", "wan"), "unknown model_name"),
     (("--prompt", "x", "--ckpt_dir", "nowhere"), "nowhere does not exist"),
     (("--prompt", "x", "--ulysses_size", "2"), "several processes"),
-    (("--prompt", "x", "--use_prompt_extend", "wan_en"), "prompt extension is not built yet"),
+    (("--prompt", "x", "--use_prompt_extend", "wan"), "unknown use_prompt_extend 'wan': use one of plain, wan_zh"),
     (("--prompt", "x", "--save_file", "a.gif"), "must end in .mp4"),
     (("--prompt", "x", "--save_file", "a.mp4", "--jobs", "j.jsonl"), "save_file names one video"),
     (("--promt", "x"), "unknown option --promt; did you mean --prompt?"),
@@ -388,7 +376,15 @@ def test_half_of_a_launchers_environment_is_refused_plainly(cli, quick, tmp_path
 
 def test_what_can_never_fit_is_refused_before_loading(cli, quick, tmp_path, monkeypatch):
     monkeypatch.setattr(vdot.cli, "total_memory", lambda device: 2**20)
-    refuse(cli, tmp_path / "out", quick, "--prompt", "x", *SMALL, words="use a smaller --size or --frame_num")
+    refuse(
+        cli,
+        tmp_path / "out",
+        quick,
+        "--prompt",
+        "x",
+        *SMALL,
+        words="use a smaller --size, --frame_num or --chunk_frames",
+    )
 
 
 def test_running_out_of_memory_is_explained(cli, tmp_path, monkeypatch):

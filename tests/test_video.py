@@ -448,15 +448,18 @@ def check_invariants(info: VideoInfo, plan: Any, area: int) -> None:
     fps=st.floats(1, 120),
     area=st.integers(256, 1280 * 720),
     frame_num=st.none() | st.integers(1, 200),
-    mode=st.sampled_from(["spread", "trim", "resample"]),
+    mode=st.sampled_from(["spread", "trim", "resample", "all"]),
     rate=st.none() | st.floats(1, 60),
 )
 def test_plan_properties(frames, width, height, fps, area, frame_num, mode, rate) -> None:  # type: ignore[no-untyped-def]
     info = clip(frames, width, height, fps)
+    frame_num = None if mode == "all" else frame_num
     plan = plan_frames(info, max_area=area, frame_num=frame_num, mode=mode, fps=rate)
     check_invariants(info, plan, area)
     assert describe(plan)
-    if frame_num is not None:
+    if mode == "all":
+        assert plan.frame_ids == tuple(range(frames))
+    elif frame_num is not None:
         assert plan.frame_num == frame_num
     else:
         assert plan.frame_num <= 81
@@ -486,7 +489,16 @@ def test_a_source_below_one_cell_names_the_minimum() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [dict(frame_num=0), dict(frame_num=-4), dict(max_area=0), dict(mode="all"), dict(fps=0), dict(fps=np.nan)]
+    "wrong",
+    [
+        dict(frame_num=0),
+        dict(frame_num=-4),
+        dict(max_area=0),
+        dict(mode="most"),
+        dict(mode="all", frame_num=5),
+        dict(fps=0),
+        dict(fps=np.nan),
+    ],
 )
 def test_numbers_out_of_range(wrong: dict) -> None:
     with pytest.raises(InputError):
@@ -528,6 +540,15 @@ def test_trim_takes_the_first_frames_and_holds_the_last() -> None:
     assert held.audio_end == pytest.approx(10 / 24) and any("last one is held" in note for note in held.notes)
     free = plan_frames(clip(50, fps=25), max_area=AREAS["480p"], mode="trim")
     assert (free.frame_num, free.model_frames, free.notes) == (50, 53, ())
+
+
+def test_all_takes_every_frame_however_long_and_spread_tells_of_it() -> None:
+    source = clip(767, fps=25, has_audio=True)
+    plan = plan_frames(source, max_area=AREAS["480p"], mode="all")
+    assert plan.frame_ids == tuple(range(767)) and plan.fps == 25 and plan.keeps_timing and not plan.notes
+    assert plan.audio_end == pytest.approx(767 / 25)
+    assert any("frame_mode all" in note for note in plan_frames(source, max_area=AREAS["480p"]).notes)
+    assert not any("all" in note for note in plan_frames(clip(81), max_area=AREAS["480p"]).notes)
 
 
 def test_resample_takes_frames_at_a_rate_and_keeps_speed() -> None:

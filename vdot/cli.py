@@ -6,7 +6,7 @@ import secrets
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from vdot.checkpoints import CheckpointInfo, inspect_checkpoint
 from vdot.checkpoints.networks import network_configs
+from vdot.chunks import heaviest
 from vdot.conditioning import Condition
 from vdot.config import GenerateConfig, load_config
 from vdot.entry import enter
@@ -29,6 +30,7 @@ from vdot.parallel.launch import Launch, arrange, own_device
 from vdot.parallel.mesh import choose_sizes
 from vdot.parallel.state import Ranks, end_together
 from vdot.pipeline import VdotPipeline, VideoResult, checkpoint_defaults, checkpoint_schedule, explain_out_of_memory
+from vdot.prompts import MODES, Extended, Writer, extend_prompt, find_writer
 from vdot.record import check_overwrites, default_folder, fingerprint, settings_hash, writable, write_run
 from vdot.request import Prepared, Request, prepare
 from vdot.runtime import Stages, log, pick_device, pick_dtype, total_memory
@@ -44,13 +46,24 @@ GROUPS: dict[str, dict[str, str]] = {
         "src_mask": "video or image of the clip's size: white generates, black keeps",
         "src_ref_images": "pictures of what should appear: a.png,b.png",
         "size": '"480p", "720p" or "W*H"; with a clip the area limit, its aspect is kept (default: the checkpoint\'s)',
-        "frame_num": "exact number of frames to get (default: the clip's, else the checkpoint's)",
+        "frame_num": "exact number of frames to get (default: the clip's, else the checkpoint's); more than the model "
+        "makes at a time are made in chunks",
         "frame_mode": "how a clip is sampled: spread (over all of it, the original's way), trim (the first frames), "
-        "resample (--fps or 16 frames of each second)",
+        "resample (--fps or 16 frames of each second), all (every frame, in chunks where it is long)",
         "fps": "frame rate of the result (default: real speed)",
         "keep_source": "put the clip's own pixels back where the mask keeps; off: --no_keep_source",
         "feather": "pixels inside the mask over which the seam to the kept part is closed",
-        "use_prompt_extend": "plain (the prompt as written) is what there is",
+        "chunk_frames": "frames of one chunk of a long clip, 4n + 1 (default: what the checkpoint makes at a time)",
+        "chunk_overlap": "frames that a chunk goes on from, the last ones of the chunk before, 4n + 1 (default: a "
+        "fifth of a chunk)",
+        "chunk_anchor": "hold the colours of later chunks to the first one's; off: --no_chunk_anchor",
+        "use_prompt_extend": f"whether a language model writes the prompt out: {', '.join(MODES)}; plain is no, zh and "
+        "en are languages, _ds is the hosted qwen-plus (its key in DASH_API_KEY)",
+        "prompt_model": "folder of a transformers text-generation model, or the name of one at --prompt_url "
+        "(else VDOT_PROMPT_MODEL)",
+        "prompt_url": "base address of an OpenAI-compatible endpoint (else VDOT_PROMPT_URL), its key in "
+        "VDOT_PROMPT_KEY",
+        "prompt_timeout": "seconds to wait for one of three answers",
     },
     "how to sample (defaults travel with the checkpoint)": {
         "sample_steps": "network steps; 4 for VDOT, 50 for the VACE teachers",
@@ -133,9 +146,8 @@ def build_parser(prog: str, form: Form) -> argparse.ArgumentParser:
         group = parser.add_argument_group(title)
         for name, text in options.items():
             group.add_argument(f"--{name}", metavar=_metavar(types[name]), help=text)
-    parser.add_argument(
-        "--no_keep_source", dest="keep_source", action="store_const", const="false", help=argparse.SUPPRESS
-    )
+    for name in ("keep_source", "chunk_anchor"):
+        parser.add_argument(f"--no_{name}", dest=name, action="store_const", const="false", help=argparse.SUPPRESS)
     return parser
 
 
@@ -207,14 +219,20 @@ def check_options(config: GenerateConfig) -> None:
     offload_mode(config.offload_model)
     if config.attention not in BACKENDS:
         raise ConfigError(f"unknown attention {config.attention!r}: choose one of {', '.join(BACKENDS)}")
-    if config.use_prompt_extend != "plain":
-        raise ConfigError("prompt extension is not built yet: use --use_prompt_extend plain, or leave it out")
+    writer_of(config)
     if config.save_file and config.jobs:
         raise ConfigError("save_file names one video, a jobs table makes several: use --save_dir")
     if config.save_file and Path(config.save_file).suffix.lower() != ".mp4":
         raise ConfigError(f"save_file {config.save_file!r} must end in .mp4, which is what is written")
     if config.save_file and Path(config.save_file).is_dir():
         raise ConfigError(f"save_file {config.save_file!r} is a folder: give the name of the video")
+
+
+def writer_of(config: GenerateConfig, device: torch.device | str = "cpu") -> Writer | None:
+    """The language model that extends prompts, if one is asked for."""
+    several = config.jobs is not None
+    model, url = config.prompt_model, config.prompt_url
+    return find_writer(config.use_prompt_extend, model, url, config.prompt_timeout, device, keep=several)
 
 
 def request_of(config: GenerateConfig) -> Request:
@@ -232,6 +250,9 @@ def request_of(config: GenerateConfig) -> Request:
         feather=config.feather,
         context_scale=config.context_scale,
         seed=config.base_seed if config.base_seed >= 0 else secrets.randbelow(2**31),
+        chunk_frames=config.chunk_frames,
+        chunk_overlap=config.chunk_overlap,
+        chunk_anchor=config.chunk_anchor,
     )
 
 
@@ -245,11 +266,11 @@ def schedule_of(config: GenerateConfig, default: FewStepSchedule) -> FewStepSche
 
 
 @contextmanager
-def step_bar(steps: int, shown: bool = True) -> Iterator[Callable[..., None]]:
+def step_bar(shown: bool = True) -> Iterator[Callable[..., None]]:
     """One progress bar for the steps, which appears with the first of them."""
     bars: list[tqdm] = []
 
-    def on_step(step: int, *_: Any) -> None:
+    def on_step(step: int, steps: int, _: Any) -> None:
         if not bars:
             bars.append(
                 tqdm(
@@ -331,6 +352,7 @@ class Session:
         self.vae_dtype = self.dtype if config.vae_dtype is None else pick_dtype(config.vae_dtype, self.device)
         self.files = [file for part in info.parts.values() for file in part.files]
         self.fingerprint = fingerprint(self.files)
+        self.writer = writer_of(config, device)
         self._pipeline: VdotPipeline | None = None
         self._plans: dict[tuple, MemoryPlan] = {}
 
@@ -367,15 +389,19 @@ class Session:
         s = self.schedule(config)
         for line in prepared.lines():
             log.info("%s", line)
+        if self.writer is not None:
+            log.info("prompt  will be written out by %s (%s)", self.writer.name, config.use_prompt_extend)
         log.info(
             "steps %d, %s, shift %g, guidance %g: %d network evaluations",
             s.steps,
             s.solver,
             s.shift,
             s.guide_scale,
-            s.evaluations,
+            s.evaluations * len(prepared.chunks),
         )
-        plan = self._plan(prepared.condition, s)
+        plan = self._plan(heaviest(prepared.condition, prepared.chunks), s)
+        if len(prepared.chunks) > 1:
+            log.info("in each of the %d chunks:", len(prepared.chunks))
         together = self.ranks.mesh.sequence.size
         if together > 1:
             split = {"transformer": config.dit_fsdp, "text": config.t5_fsdp}
@@ -416,10 +442,13 @@ class Session:
         """One video and its record."""
         with self.ranks.agree():
             check_overwrites(config, folder, video)
+        extended = self._extend(config)
         request, schedule = self.ranks.share(request_of(config)), self.schedule(config)  # one seed for all
+        if extended is not None:
+            request = replace(request, prompt=extended.prompt)
         try:
             pipeline = self.pipeline
-            with step_bar(schedule.steps, shown=self.ranks.rank == 0) as on_step:
+            with step_bar(shown=self.ranks.rank == 0) as on_step:
                 result = pipeline.generate(request, schedule, prepared, on_step)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -430,7 +459,19 @@ class Session:
             raise known from error
         with self.ranks.agree():
             if self.ranks.leads:
-                self._write(result, config, folder, video, prepared)
+                self._write(result, config, folder, video, prepared, extended)
+
+    def _extend(self, config: GenerateConfig) -> Extended | None:
+        """The prompt written out, where that is asked for; one process asks for its group."""
+        if self.writer is None:
+            return None
+        with self.ranks.agree():
+            made = None
+            if self.ranks.leads:
+                with Stages(self.device)("extend prompt"):
+                    made = extend_prompt(config.prompt or "", config.use_prompt_extend, self.writer)
+                log.info("prompt  %s", made.prompt)
+        return self.ranks.share(made)
 
     def _out_of_step(self, error: Exception) -> None:
         """A rank that broke off inside common work cannot go on with another video: the others wait for it."""
@@ -439,11 +480,17 @@ class Session:
             end_together(self.ranks, error, f"error: rank {self.ranks.rank}: {one_line(error)}", code)
 
     def _write(
-        self, result: VideoResult, config: GenerateConfig, folder: Path, video: Path, prepared: Prepared
+        self,
+        result: VideoResult,
+        config: GenerateConfig,
+        folder: Path,
+        video: Path,
+        prepared: Prepared,
+        extended: Extended | None,
     ) -> None:
         checkpoint = {"path": str(self.path), "layout": self.info.layout, "fingerprint": self.fingerprint}
         resolved = {key: str(getattr(self, key)).removeprefix("torch.") for key in ("dtype", "vae_dtype")}
-        record = write_run(result, config, folder, checkpoint, video, resolved)
+        record = write_run(result, config, folder, checkpoint, video, resolved, extended)
         for note in result.notes[len(prepared.notes) :]:
             log.info("note  %s", note)
         count = "1 frame" if len(result.frames) == 1 else f"{len(result.frames)} frames"

@@ -179,19 +179,24 @@ def as_mask(white: np.ndarray) -> np.ndarray:
 
 
 def explain_mask(source: np.ndarray, mask: np.ndarray) -> list[str]:
-    """What was understood of a mask, in sentences; ``source`` uint8 ``[T, H, W, 3]``, ``mask [T, H, W]`` in [0, 1]."""
-    changes = mask > MASK_THRESHOLD
-    share = changes.mean()
+    """What was understood of a mask, in sentences; ``source`` uint8 ``[T, H, W, 3]``, ``mask [T, H, W]`` in [0, 1] or
+    uint8."""
+    full = 255 if mask.dtype == np.uint8 else 1
+    white = soft = grey = 0
+    for picture, frame in zip(source, mask, strict=True):  # one by one: a clip may be long
+        values = frame.astype(np.float32) / full
+        changes = values > MASK_THRESHOLD
+        white += int(changes.sum())
+        soft += int(((values > 0.1) & (values < 0.9)).sum())
+        grey += int((np.abs(picture[changes].astype(np.int16) - int(UNKNOWN_GREY)) <= 4).all(-1).sum())
+    share = white / mask.size
     notes = [f"mask: white (generate) covers {share:.1%} of the clip, black (keep) {1 - share:.1%}"]
-    if share == 0:
+    if white == 0:
         notes.append("mask: it is black everywhere, so nothing would be generated; is it inverted?")
-    soft = ((mask > 0.1) & (mask < 0.9)).mean()
-    if soft > 0.02:
-        notes.append(f"mask: {soft:.1%} of it is grey; above half counts as white")
-    if changes.any():
-        grey = (np.abs(source[changes].astype(np.int16) - int(UNKNOWN_GREY)) <= 4).all(-1).mean()
-        inside = (
-            "is grey (unknown): it is made up freely" if grey > 0.9 else "shows content: it steers what is generated"
-        )
+    if soft > 0.02 * mask.size:
+        notes.append(f"mask: {soft / mask.size:.1%} of it is grey; above half counts as white")
+    if white:
+        free = grey > 0.9 * white
+        inside = "is grey (unknown): it is made up freely" if free else "shows content: it steers what is generated"
         notes.append(f"mask: the source inside the white area {inside}")
     return notes

@@ -30,11 +30,17 @@ class GenerateConfig:
     src_ref_images: str | None = None  # comma-separated paths
     size: str | None = None  # "480p", "720p" or "W*H"
     frame_num: int | None = None
-    frame_mode: str = "spread"  # spread: over the whole clip, as the original; trim: the first frames, one to one
+    frame_mode: str = "spread"  # spread: over the whole clip, as the original; trim: the first frames; all: every one
     fps: float | None = None
     keep_source: bool = True  # put the source's own pixels back where the mask keeps
     feather: float = 8.0  # pixels inside the mask over which the seam to the kept part is closed
+    chunk_frames: int | None = None  # frames of one pass of a long clip, 4n + 1
+    chunk_overlap: int | None = None  # frames that a pass shares with the one before, 4n + 1
+    chunk_anchor: bool = True  # hold later passes to the first one's colours
     use_prompt_extend: str = "plain"
+    prompt_model: str | None = None  # folder of a language model, or its name at prompt_url
+    prompt_url: str | None = None
+    prompt_timeout: float = 60.0  # seconds for one of three attempts
     # how to sample
     sample_steps: int | None = None
     sample_shift: float | None = None

@@ -39,6 +39,10 @@ class TrainingError(VdotError, ArithmeticError):
     exit_code = 1
 
 
+class ServiceError(VdotError):
+    """A language model that was asked, here or over the network, and gave no usable answer."""
+
+
 class MissingDependencyError(VdotError, ImportError):
     """An optional package that was asked for by name and is not installed; names the command that installs it."""
 

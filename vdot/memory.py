@@ -95,7 +95,7 @@ class MemoryPlan:
         if need <= total:
             return
         other = None if on_cpu else self.smallest_fit(total)
-        way_out = "a smaller --size or --frame_num"
+        way_out = "a smaller --size, --frame_num or --chunk_frames"
         if other is not None:
             way_out = f"--offload_model {other}, which takes {self.peak(other) / GIB:.1f}"
         raise InputError(f"this takes {need / GIB:.1f} GiB of memory and there are {total / GIB:.1f}: use {way_out}")

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from vdot.checkpoints import CheckpointInfo, inspect_checkpoint, load_dit, load_text_encoder, load_vae
-from vdot.conditioning import Condition, encode_context, keep_source
+from vdot.chunks import Assembly, groups_of
+from vdot.conditioning import Condition, encode_context
 from vdot.errors import CheckpointError, ConfigError, InputError, MissingDependencyError, VdotError
 from vdot.memory import GIB, OFFLOAD_MODES, MemoryPlan
 from vdot.models.attention import attention_backend, set_attention_backend
@@ -25,11 +26,11 @@ from vdot.parallel.state import Ranks
 from vdot.parallel.ulysses import parallelize
 from vdot.parallel.vae import SharedVAE
 from vdot.request import Defaults, Media, Prepared, Request, prepare
-from vdot.runtime import Stages, pick_device, pick_dtype, start_aside
+from vdot.runtime import Stages, log, pick_device, pick_dtype, start_aside
 from vdot.sampling import VACE_SCHEDULE, VDOT_SCHEDULE, FewStepSchedule, draw_noise, sample
 from vdot.video import from_model, write_video
 
-Progress = Callable[[int, int, Tensor], None]  # (step from 1, steps, latents [1, 16, F, H, W])
+Progress = Callable[[int, int, Tensor], None]  # (step from 1, steps of all passes, latents [1, 16, F, H, W])
 KEPT = 4  # prompts and conditions remembered, so that other seeds of the same request encode nothing
 
 
@@ -175,6 +176,9 @@ class VdotPipeline:
         frame_mode: str = "spread",
         fps: float | None = None,
         feather: float = 8.0,
+        chunk_frames: int | None = None,
+        chunk_overlap: int | None = None,
+        chunk_anchor: bool = True,
         on_step: Progress | None = None,
     ) -> VideoResult:
         """Generate one video.
@@ -187,14 +191,18 @@ class VdotPipeline:
             size: "480p", "720p" or "W*H"; with a source file the area limit, its aspect is kept. Default: the
                 checkpoint's own, 480p for the published ones.
             frame_num: frames to get, exactly. Default 81 for the published checkpoints; a source file gives its own.
+                More than the checkpoint makes at a time are made in chunks, as is a longer source array.
             steps, shift, solver, guide_scale: override the checkpoint's schedule.
             negative_prompt: used when ``guide_scale`` is not 1.
             context_scale: strength of source, mask and references.
             keep_source: put the source's own pixels back where the mask keeps, feathered over ``feather`` pixels.
             seed: of the noise; the same on every device and number of ranks.
-            frame_mode: how a source file is sampled: "spread", "trim" or "resample" (see ``vdot.video``).
+            frame_mode: how a source file is sampled: "spread", "trim", "resample" or "all" (see ``vdot.video``).
             fps: of the result; default real speed.
-            on_step: called after each step with (step, steps, latents).
+            chunk_frames, chunk_overlap: frames of one pass of a long clip, and those that it shares with the one
+                before; both 4n + 1 (default: the checkpoint's own, and about a fifth of it).
+            chunk_anchor: hold the colours of later chunks to the first one's.
+            on_step: see :meth:`generate`.
 
         Raises:
             InputError, ConfigError: one sentence saying what does not fit, or that the result is not finite.
@@ -213,6 +221,9 @@ class VdotPipeline:
             feather,
             context_scale,
             seed,
+            chunk_frames,
+            chunk_overlap,
+            chunk_anchor,
         )
         schedule = self.schedule.override(steps=steps, shift=shift, solver=solver, guide_scale=guide_scale)
         return self.generate(request, schedule, on_step=on_step)
@@ -227,6 +238,11 @@ class VdotPipeline:
     ) -> VideoResult:
         """As :meth:`__call__`, of a :class:`Request`; ``prepared`` if it was prepared before (to show its plan).
 
+        ``on_step`` is called after each step with (step, steps, latents), counted over all passes of a long clip: there
+        are ``steps = schedule.steps * len(prepared.chunks)`` and the last call has ``step == steps``; the latents are
+        those of the pass at work. An exception that it raises ends the generation and comes out as it is; nothing is
+        half-written, and the pipeline can be used again (with several ranks all of them must raise).
+
         With several ranks every one of them calls alike, and the first one's result has the frames.
         """
         schedule = schedule or self.schedule
@@ -240,26 +256,12 @@ class VdotPipeline:
                 negative = request.negative_prompt
                 prompts.append(self.defaults.negative_prompt if negative is None else negative)
             texts_ready = self._encode_prompts(prompts)
-        with stages("encode condition"):
-            context = self._encode_condition(prepared.condition)
-            texts = texts_ready()
-        with stages("sample"):
-            latents = self._sample(texts, context, prepared.condition, request, schedule, on_step)
-        if not latents.isfinite().all():
-            raise InputError(
-                "sampling ended in numbers that are not finite: use a guidance or context scale nearer to 1, "
-                "or another --dtype"
-            )
-        latents = latents[:, :, len(prepared.condition.references) :]
-        with stages("decode"):
-            frames = self._decode(latents)[: prepared.frame_num]
-        if self.ranks.leads:
-            frames = self._composite(frames, prepared, request)
+        frames, latents = self._passes(texts_ready, prepared, request, schedule, stages, on_step)
         audio, notes = self._audio(request, prepared)
         return VideoResult(
             frames,
             prepared.fps,
-            latents[0].float().cpu(),
+            latents,
             request.seed,
             schedule,
             prepared,
@@ -267,6 +269,43 @@ class VdotPipeline:
             audio,
             (*prepared.notes, *notes),
         )
+
+    def _passes(
+        self,
+        texts_ready: Callable[[], list[tuple[Tensor, int]]],
+        prepared: Prepared,
+        request: Request,
+        schedule: FewStepSchedule,
+        stages: Stages,
+        on_step: Progress | None,
+    ) -> tuple[np.ndarray, Tensor]:
+        """Frames ``[T, H, W, 3]`` (on the first rank) and latents ``[16, F, H, W]``, of each chunk what is new."""
+        chunks, texts, latents = prepared.chunks, None, []
+        clip = _assembly(prepared, request)
+        for number, chunk in enumerate(chunks):
+            if len(chunks) > 1:
+                last = min(chunk.stop, prepared.frame_num) - 1
+                log.info("chunk %d of %d: frames %d to %d", number + 1, len(chunks), chunk.start, last)
+            condition = clip.condition(chunk, self.ranks.share)
+            with stages("encode condition"):
+                context = self._encode_condition(condition)
+                texts = texts or texts_ready()
+            report = _counted(on_step, number, len(chunks), schedule.steps)
+            with stages("sample"):
+                seed = request.seed + number  # other noise: the same would draw the same texture again
+                made = self._sample(texts, context, condition, seed, request.context_scale, schedule, report)
+            if not made.isfinite().all():
+                raise InputError(
+                    "sampling ended in numbers that are not finite: use a guidance or context scale nearer to 1, "
+                    "or another --dtype"
+                )
+            made = made[:, :, len(condition.references) :]
+            with stages("decode"):
+                decoded = self._decode(made)
+            if self.ranks.leads:
+                clip.add(chunk, decoded)
+            latents.append(made[0, :, groups_of(chunk.known) + 1 if number else 0 :].float().cpu())
+        return clip.frames, torch.cat(latents, dim=1)
 
     def _encode_prompts(self, prompts: list[str]) -> Callable[[], list[tuple[Tensor, int]]]:
         """Begin to embed what is not remembered; the function returned waits for it, and is called on every rank."""
@@ -317,24 +356,19 @@ class VdotPipeline:
         texts: list[tuple[Tensor, int]],
         context: Tensor,
         condition: Condition,
-        request: Request,
+        seed: int,
+        context_scale: float,
         schedule: FewStepSchedule,
-        on_step: Progress | None,
+        report: Callable[[int, Tensor], None] | None,
     ) -> Tensor:
-        noise, generator = draw_noise(condition.latent_shape, request.seed)
+        noise, generator = draw_noise(condition.latent_shape, seed)
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
-            told = [
-                self.dit(x, t, text, context, request.context_scale, lengths=[length]).float() for text, length in texts
-            ]
+            told = [self.dit(x, t, text, context, context_scale, lengths=[length]).float() for text, length in texts]
             if not schedule.guided:
                 return told[0]
             wanted, unwanted = told
             return unwanted + schedule.guide_scale * (wanted - unwanted)
-
-        def report(step: int, x: Tensor) -> None:
-            if on_step is not None:
-                on_step(step, schedule.steps, x)
 
         with self.placement.use(self.dit):
             return sample(velocity, noise[None].to(self.device), schedule, generator, report)
@@ -348,14 +382,6 @@ class VdotPipeline:
         if video is None:  # the first rank has it
             return np.empty((0, 8 * latents.shape[-2], 8 * latents.shape[-1], 3), np.uint8)
         return video[0].permute(1, 2, 3, 0).cpu().numpy()
-
-    @staticmethod
-    def _composite(frames: np.ndarray, prepared: Prepared, request: Request) -> np.ndarray:
-        mask = prepared.condition.mask
-        if mask is None or prepared.source is None or not request.keep_source:
-            return frames
-        count = prepared.frame_num
-        return keep_source(frames, prepared.source[:count], mask[:count].numpy(), request.feather)
 
     @staticmethod
     def _audio(request: Request, prepared: Prepared) -> tuple[str | None, tuple[str, ...]]:
@@ -379,6 +405,29 @@ def _check_width(path: str | Path, dit: VaceDiT, text_encoder: UMT5TextEncoder) 
     if text_encoder.dim != dit.config.text_dim:
         want, got = dit.config.text_dim, text_encoder.dim
         raise CheckpointError(f"{path}: the transformer takes text of width {want}, its text encoder makes {got}")
+
+
+def _assembly(prepared: Prepared, request: Request) -> Assembly:
+    return Assembly(
+        prepared.condition,
+        prepared.chunks,
+        prepared.frame_num,
+        prepared.source,
+        None if len(prepared.chunks) == 1 else prepared.mask,
+        request.feather if request.keep_source else None,
+        prepared.chunk_anchor,
+    )
+
+
+def _counted(on_step: Progress | None, before: int, passes: int, steps: int) -> Callable[[int, Tensor], None] | None:
+    """``on_step`` for one pass, its steps counted on from those of the passes ``before``."""
+    if on_step is None:
+        return None
+
+    def report(step: int, x: Tensor) -> None:
+        on_step(before * steps + step, passes * steps, x)
+
+    return report
 
 
 def _to_bytes(piece: Tensor) -> Tensor:
@@ -415,6 +464,6 @@ def explain_out_of_memory(plan: MemoryPlan) -> VdotError:
     """One sentence for a device that ran out of memory, with the counted peak of each mode."""
     modes = ", ".join(f"{mode} {plan.peak(mode) / GIB:.1f} GiB" for mode in OFFLOAD_MODES)
     return InputError(
-        "the device ran out of memory: use a smaller --size or --frame_num, or another --offload_model "
+        "the device ran out of memory: use a smaller --size, --frame_num or --chunk_frames, or another --offload_model "
         f"(counted peaks: {modes})"
     )

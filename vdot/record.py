@@ -21,12 +21,16 @@ import vdot
 from vdot.config import GenerateConfig
 from vdot.errors import OutputError
 from vdot.pipeline import VideoResult
+from vdot.prompts import Extended
 from vdot.request import reference_list
 from vdot.video import write_image, write_video
 from vdot.video.output import atomic_path, missing_folders
 
 # Where results go and what they are made of in memory do not change what is generated.
-NOT_RECORDED = ("save_dir", "save_file", "jobs", "dry_run", "ulysses_size", "ring_size")
+NOT_RECORDED = (
+    *("save_dir", "save_file", "jobs", "dry_run", "ulysses_size", "ring_size"),
+    *("prompt_url", "prompt_timeout"),  # the first may hold a secret
+)
 NOT_SETTINGS = (*NOT_RECORDED, "offload_model", "t5_fsdp", "dit_fsdp", "model_name")
 _OUTPUT_NAMES = r"(out_video|src_video|src_mask)\.mp4|src_ref_image_\d+\.png"
 EDGE = 2**20  # bytes hashed at each end of a weight file; also what a disk must take before work begins
@@ -148,10 +152,11 @@ def write_run(
     checkpoint: dict[str, Any],
     video: Path | None = None,
     resolved: dict[str, Any] | None = None,
+    extended: Extended | None = None,
 ) -> dict[str, Any]:
     """Write ``out_video.mp4`` (or ``video``), the inputs as the model got them, and ``run.json``: all of them or none.
 
-    ``resolved`` has options that the machine decided, for ``run.json`` to repeat.
+    ``resolved`` has options that the machine decided, for ``run.json`` to repeat; so is a prompt that was ``extended``.
     """
     files = _contents(result, video or folder / "out_video.mp4", folder)
     with ExitStack() as stack:
@@ -162,7 +167,7 @@ def write_run(
             temporary = Path(stack.enter_context(atomic_path(path)))
             write(temporary)
             hashes[path.name] = file_hash(temporary)
-        record = run_record(result, config, checkpoint, hashes, resolved or {})
+        record = run_record(result, config, checkpoint, hashes, resolved or {}, extended)
         record_file.write_text(_json(record), encoding="utf-8")
         inputs = [Path(name) for names in input_files(config).values() for name in names]
         _remove_earlier(folder, {path.absolute() for path in [*files, *inputs]})
@@ -175,9 +180,8 @@ def _contents(result: VideoResult, video: Path, folder: Path) -> dict[Path, Call
     files: dict[Path, Callable[[Path], None]] = {video: result.save}
     if prepared.source is not None:
         files[folder / "src_video.mp4"] = partial(write_video, frames=prepared.source[:count], fps=result.fps)
-    if prepared.condition.mask is not None:
-        grey = (prepared.condition.mask[:count].numpy() * 255).round().astype(np.uint8)
-        shown = np.repeat(grey[..., None], 3, axis=-1)
+    if prepared.mask is not None:
+        shown = np.repeat(prepared.mask[:count, ..., None], 3, axis=-1)
         files[folder / "src_mask.mp4"] = partial(write_video, frames=shown, fps=result.fps)
     for i, reference in enumerate(prepared.references):
         files[folder / f"src_ref_image_{i}.png"] = partial(write_image, array=reference)
@@ -202,6 +206,7 @@ def run_record(
     checkpoint: dict[str, Any],
     outputs: dict[str, str],
     resolved: dict[str, Any],
+    extended: Extended | None = None,
 ) -> dict[str, Any]:
     """What ``run.json`` holds; ``--config run.json`` reads its ``config`` back. ``outputs``: SHA-256 by file name."""
     values = {k: v for k, v in asdict(config).items() if k not in NOT_RECORDED}
@@ -210,8 +215,11 @@ def run_record(
     values |= {"base_seed": result.seed, "ckpt_dir": str(Path(checkpoint["path"]).absolute()), **resolved}
     for key, paths in input_files(config).items():
         values[key] = ",".join(os.path.abspath(path) for path in paths) or None
+    if extended is not None:  # repeated as it is, without asking again
+        values |= {"prompt": extended.prompt, "use_prompt_extend": "plain", "prompt_model": None}
     return {
         "config": values,
+        **({} if extended is None else {"prompt_extension": asdict(extended)}),
         "schedule": schedule,
         "plan": list(result.prepared.lines()),
         "notes": list(result.notes),

@@ -8,8 +8,9 @@ import math
 import operator
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from numbers import Real
 from pathlib import Path
 from typing import Any, get_args
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vdot.chunks import Chunk, chunk_length, describe_chunks, plan_chunks
 from vdot.conditioning import Condition, explain_mask
 from vdot.config import merge_config
 from vdot.errors import CheckpointError, ConfigError, InputError
@@ -44,6 +46,7 @@ MAX_FRAMES = 2**16
 MAX_SEED = 2**63 - 1
 NAMED_SIZES = {"480p": (832, 480), "720p": (1280, 720)}  # width, height
 TRAINED_REFERENCES = 3
+PIECE = 64  # frames of a long clip's mask that are read at a time
 DEFAULTS_FILE = "defaults.json"
 
 
@@ -89,20 +92,32 @@ class Request:
     feather: float = 8.0
     context_scale: float = 1.0
     seed: int = 2025
+    chunk_frames: int | None = None  # of one pass; default: what the checkpoint makes at a time
+    chunk_overlap: int | None = None  # frames that a chunk shares with the one before
+    chunk_anchor: bool = True  # hold later chunks to the first one's colours
 
 
 @dataclass(frozen=True)
 class Prepared:
     """A request as the model gets it, and what is needed to make a file of the result."""
 
-    condition: Condition
-    frame_num: int  # frames the user gets, at most condition.frames
+    condition: Condition  # of the only pass, or of the first chunk of a long clip
+    frame_num: int  # frames the user gets, at most model_frames(frame_num) are made
     fps: float
     plan: FramePlan | None = None  # of a source file
     source: np.ndarray | None = None  # uint8 [model_frames, H, W, 3]
     references: tuple[np.ndarray, ...] = ()  # uint8 [H, W, 3] as letterboxed
     has_audio: bool = False
     notes: tuple[str, ...] = field(default_factory=tuple)
+    chunks: tuple[Chunk, ...] = ()  # passes; none given is one
+    mask: np.ndarray | None = None  # uint8 [model_frames, H, W], 255 generates; as a picture where one pass is all
+    chunk_anchor: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.chunks:
+            object.__setattr__(self, "chunks", (Chunk(0, self.condition.frames),))
+        if self.mask is None and self.condition.mask is not None:
+            object.__setattr__(self, "mask", _bytes(self.condition.mask).numpy())
 
     def lines(self) -> list[str]:
         """The plan in words."""
@@ -110,11 +125,13 @@ class Prepared:
         if self.plan is not None:
             head = describe(replace(self.plan, notes=())).splitlines()
         else:
-            surplus = "" if c.frames == self.frame_num else f" (the model makes {c.frames}; the surplus is cut off)"
+            made = model_frames(self.frame_num)
+            surplus = "" if made == self.frame_num else f" (the model makes {made}; the surplus is cut off)"
             count = "1 frame" if self.frame_num == 1 else f"{self.frame_num} frames"
             head = [f"out   {count}, {self.fps:.4g} fps, {c.width}x{c.height}{surplus}"]
         if c.references:
             head.append(f"refs  {len(c.references)} image(s), letterboxed on white to {c.width}x{c.height}")
+        head += describe_chunks(self.chunks, self.frame_num, self.chunk_anchor)
         return head + [f"note  {note}" for note in self.notes]
 
 
@@ -141,18 +158,32 @@ def prepare(request: Request, defaults: Defaults) -> Prepared:
         frames = request.frame_num or defaults.frame_num
         _check_volume(frames, height, width)
         notes: list[str] = []
-        if frames > max(defaults.frame_num, TRAINED_FRAMES):
-            notes.append(f"{frames} frames are more than this model was trained on: it may drift towards the end")
+        chunks = _chunks(request, frames, defaults, notes)
         shown, references = _references(request.src_ref_images, height, width, notes)
-        condition = Condition(model_frames(frames), height, width, references=references)
-        return Prepared(condition, frames, request.fps or defaults.fps, references=shown, notes=tuple(notes))
+        condition = Condition(chunks[0].frames, height, width, references=references)
+        rate, anchored = request.fps or defaults.fps, request.chunk_anchor
+        return Prepared(
+            condition, frames, rate, references=shown, notes=tuple(notes), chunks=chunks, chunk_anchor=anchored
+        )
     if isinstance(request.src_video, np.ndarray):
         return _from_array(request, request.src_video, defaults)
     return _from_file(request, request.src_video, width * height, defaults)
 
 
+def _chunks(request: Request, frames: int, defaults: Defaults, notes: list[str]) -> tuple[Chunk, ...]:
+    """The passes that make ``frames`` frames."""
+    length = request.chunk_frames or chunk_length(defaults.frame_num)
+    most = max(chunk_length(defaults.frame_num), TRAINED_FRAMES)
+    chunks = plan_chunks(frames, length, request.chunk_overlap)
+    if chunks[0].frames > most:
+        notes.append(f"{chunks[0].frames} frames at a time are more than this model was trained on: it may drift")
+    return chunks
+
+
 def _check(request: Request) -> None:
     _check_prompts(request)
+    _check_whole("chunk_frames", request.chunk_frames, 1, MAX_FRAMES)
+    _check_whole("chunk_overlap", request.chunk_overlap, 1, MAX_FRAMES)
     _check_whole("frame_num", request.frame_num, 1, MAX_FRAMES)
     _check_whole("seed", request.seed, 0, MAX_SEED)
     _check_real("context_scale", request.context_scale, 0, math.inf)
@@ -201,10 +232,10 @@ def _check_real(name: str, value: Any, low: float, high: float) -> None:
 
 def _check_volume(frames: int, height: int, width: int) -> None:
     if height * width > MAX_AREA:
-        raise InputError(f"frames of {width}x{height} are more than one pass can make: use a smaller size")
+        raise InputError(f"frames of {width}x{height} are more than one run can hold: use a smaller size")
     if frames * height * width > MAX_PIXELS:
         most = MAX_PIXELS // (height * width)
-        raise InputError(f"{frames} frames of {width}x{height} are more than one pass can make: use at most {most}")
+        raise InputError(f"{frames} frames of {width}x{height} are more than one run can hold: use at most {most}")
 
 
 def _from_file(request: Request, path: str | Path, max_area: int, defaults: Defaults) -> Prepared:
@@ -219,15 +250,18 @@ def _from_file(request: Request, path: str | Path, max_area: int, defaults: Defa
         budget_frames=defaults.frame_num,
         fps=request.fps,
     )
-    _check_volume(plan.model_frames, plan.height, plan.width)
+    size = (plan.height, plan.width)
+    _check_volume(plan.model_frames, *size)
     notes = list(plan.notes)
-    source = read_frames(path, plan.model_ids, (plan.height, plan.width))
+    chunks = _chunks(request, plan.frame_num, defaults, notes)
+    source = read_frames(path, plan.model_ids, size)
     mask = None
     if mask_file is not None:
-        mask = read_mask(mask_file, plan.model_ids, plan.height, plan.width)
+        read = partial(read_mask, mask_file, height=plan.height, width=plan.width)
+        mask = _in_pieces(read, plan.model_ids, len(chunks) > 1)
     elif request.src_mask is not None:
-        mask = _mask_array(request.src_mask, plan.frame_num, plan.height, plan.width, notes)
-    return _finish(request, source, mask, plan.frame_num, plan.fps, notes, plan, info.has_audio)
+        mask = _mask_array(request.src_mask, plan.frame_num, *size, notes, len(chunks) > 1)
+    return _finish(request, source, mask, plan.frame_num, plan.fps, notes, chunks, plan, info.has_audio)
 
 
 def _probe_mask(path: str | Path) -> VideoInfo:
@@ -244,18 +278,19 @@ def _from_array(request: Request, frames: np.ndarray, defaults: Defaults) -> Pre
     notes: list[str] = []
     if request.size is not None and parse_size(request.size) != (width, height):
         notes.append(f"size {request.size} is not used: the source array is {width}x{height}")
+    asked = request.frame_num or count
+    chunks = _chunks(request, asked, defaults, notes)
     mask = None
     if isinstance(request.src_mask, str | Path):
-        mask = _mask_file(request.src_mask, count, height, width)
+        mask = _mask_file(request.src_mask, count, height, width, len(chunks) > 1)
     elif request.src_mask is not None:
-        mask = _mask_array(request.src_mask, count, height, width, notes)
-    asked = request.frame_num or count
+        mask = _mask_array(request.src_mask, count, height, width, notes, len(chunks) > 1)
     if asked < count:
         notes.append(f"the first {asked} of the source array's {count} frames are used")
     elif asked > count:
         notes.append(f"the source array has {count} frames, {asked} were asked for: the last one is held")
     mask = None if mask is None else mask[:asked]
-    return _finish(request, frames[:asked], mask, asked, request.fps or defaults.fps, notes, None)
+    return _finish(request, frames[:asked], mask, asked, request.fps or defaults.fps, notes, chunks, None)
 
 
 def _finish(
@@ -265,42 +300,66 @@ def _finish(
     frame_num: int,
     fps: float,
     notes: list[str],
+    chunks: tuple[Chunk, ...],
     plan: FramePlan | None,
     has_audio: bool = False,
 ) -> Prepared:
-    total = model_frames(frame_num)
+    total, first = model_frames(frame_num), chunks[0].frames
     source = np.concatenate([source, *[source[-1:]] * (total - len(source))])
+    begin = None
     if mask is not None:
         mask = torch.cat([mask, *[mask[-1:]] * (total - len(mask))])
         notes += explain_mask(source, mask.numpy())
+        begin = mask[:first] if mask.is_floating_point() else mask[:first].float().div_(255)
     height, width = source.shape[1:3]
     shown, references = _references(request.src_ref_images, height, width, notes)
-    condition = Condition(total, height, width, to_model(source), mask, references)
-    return Prepared(condition, frame_num, fps, plan, source, shown, has_audio, tuple(notes))
+    condition = Condition(first, height, width, to_model(source[:first]), begin, references)
+    picture = None if mask is None else _bytes(mask).numpy()
+    anchored = request.chunk_anchor
+    return Prepared(condition, frame_num, fps, plan, source, shown, has_audio, tuple(notes), chunks, picture, anchored)
 
 
-def _mask_file(path: str | Path, count: int, height: int, width: int) -> Tensor:
+def _bytes(mask: Tensor) -> Tensor:
+    """A mask in [0, 1] as grey levels; one that is of bytes already, as it is."""
+    return (mask * 255).round().byte() if mask.is_floating_point() else mask
+
+
+def _in_pieces(read: Callable[[Sequence[int]], Tensor], ids: Sequence[int], long: bool) -> Tensor:
+    """What ``read`` gives for all frames ``ids``; of a long clip as bytes, and never all of it as numbers."""
+    if not long:
+        return read(ids)
+    return torch.cat([_bytes(read(ids[at : at + PIECE])) for at in range(0, len(ids), PIECE)])
+
+
+def _mask_file(path: str | Path, count: int, height: int, width: int, long: bool) -> Tensor:
     """A mask file for a source array: it must have a frame for each of the array's, or be a still."""
     info = _probe_mask(path)
     if not is_image(path) and info.frames not in (1, count):
         raise InputError(f"the mask {path} has {info.frames} frames, the source array {count}: make them equal")
-    return read_mask(path, range(count), height, width)
+    return _in_pieces(partial(read_mask, path, height=height, width=width), range(count), long)
 
 
-def _mask_array(mask: Any, count: int, height: int, width: int, notes: list[str]) -> Tensor:
-    """uint8 0..255, bool, or float in [0, 1], ``[T, H, W]`` or ``[H, W]`` -> float32 ``[T, H, W]`` in [0, 1]."""
+def _mask_array(mask: Any, count: int, height: int, width: int, notes: list[str], long: bool) -> Tensor:
+    """uint8 0..255, bool, or float in [0, 1], ``[T, H, W]`` or ``[H, W]`` -> float32 ``[T, H, W]`` in [0, 1].
+
+    Of a long clip it is uint8.
+    """
     array = np.asarray(mask)
     if array.ndim == 2:
-        array = np.repeat(array[None], count, axis=0)
+        array = np.broadcast_to(array, (count, *array.shape))
     if array.shape != (count, height, width):
         raise InputError(f"src_mask is {list(array.shape)}, the source gives {[count, height, width]}: make them equal")
     full = 255 if array.dtype == np.uint8 and array.max() > 1 else 1
     if array.dtype == np.uint8 and full == 1 and array.any():
         notes.append("mask: its values are 0 and 1: 1 is taken for white")
-    values = array.astype(np.float32) / full
-    if not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
-        raise InputError("src_mask must be uint8 0 to 255, bool, or float from 0 to 1 (white or 1 generates)")
-    return torch.from_numpy(values)
+
+    def read(ids: Sequence[int]) -> Tensor:
+        values = array[ids[0] : ids[-1] + 1].astype(np.float32) / full
+        if not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
+            raise InputError("src_mask must be uint8 0 to 255, bool, or float from 0 to 1 (white or 1 generates)")
+        return torch.from_numpy(values)
+
+    return _in_pieces(read, range(count), long)
 
 
 def reference_list(images: Sequence[Media] | Media | None, folder: Path | str = "") -> list[Media]:

@@ -27,6 +27,7 @@ CASES: dict[str, dict[str, Any]] = {
     "source": {"src_video": CLIP, "solver": "dpm++"},
     "masked": {"src_video": CLIP, "src_mask": MASK, "src_ref_images": [CLIP[0], CLIP[4]], "solver": "unipc"},
     "guided": {"size": "64*32", "frame_num": 5, "guide_scale": 3.0, "negative_prompt": "rain", "steps": 2},
+    "chunked": {"src_video": CLIP, "src_mask": MASK, "frame_num": 9, "chunk_frames": 5, "steps": 1},
     "renoised": {"size": "48*48", "frame_num": 5, "solver": "renoise", "steps": 2},
 }
 
@@ -57,6 +58,7 @@ def generate(ulysses: int, ring: int, case: str, sharded: bool) -> dict[str, Any
         (2, 1, "text", False),
         (2, 1, "source", True),
         (2, 1, "guided", False),
+        (2, 1, "chunked", False),
         (1, 2, "masked", False),
         (4, 1, "masked", True),  # six heads on four ranks
         (2, 2, "text", False),

@@ -120,13 +120,15 @@ class Layout:
     def of(cls, config: TableConfig, defaults: Defaults) -> "Layout":
         """``InputError`` for a size, a number of frames or a mode that no clip could have."""
         width, height = parse_size(config.size or defaults.size)
+        if config.frame_mode == "all":
+            raise InputError("frame_mode all makes a clip in several passes: training takes spread, trim or resample")
         layout = cls(f"{width}*{height}", config.frame_num, config.frame_mode, config.fps, defaults.frame_num)
         prepare(layout.request(Row(0, "", "any")), layout.defaults)
         return layout
 
     @property
     def defaults(self) -> Defaults:
-        return Defaults(size=self.size, frame_num=self.most_frames)
+        return Defaults(size=self.size, frame_num=max(self.most_frames, self.frame_num or 0))  # never in chunks
 
     def request(self, row: Row) -> Request:
         """What a user would ask for to generate this row."""

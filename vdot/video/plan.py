@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -13,7 +13,7 @@ CELL = 16  # pixels per side of a token: 8 of the VAE times 2 of the patch
 TRAINED_FRAMES = 81  # what the published models are trained on; 21 latent frames
 NATIVE_FPS = 16.0  # what they are trained to move at
 
-Mode = Literal["spread", "trim", "resample"]
+Mode = Literal["spread", "trim", "resample", "all"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ def plan_frames(
         max_area: pixels per output frame at most (480p: 480*832). A smaller source is not enlarged.
         frame_num: exactly this many output frames. None: as many as the clip gives, at most ``budget_frames``.
         mode: "spread" puts them evenly over the whole clip (the original's rule); "trim" takes the first ones at the
-            source's rate; "resample" takes ``fps`` frames (default 16) of each second from the beginning.
+            source's rate; "resample" takes ``fps`` frames (default 16) of each second from the beginning; "all" takes
+            every frame, whatever the budget.
         mask: frame counts are cut to the shorter of source and mask; a still mask holds for every frame.
         fps: rate of the output instead of the one that keeps the real speed.
 
@@ -69,8 +70,6 @@ def plan_frames(
     height, width = output_size(info.height, info.width, max_area)
     usable, notes = _shared_frames(info, mask)
     times = info.timestamps[:usable]
-    if frame_num is not None and frame_num > budget_frames:
-        notes.append(f"{frame_num} frames are more than the {budget_frames} of one pass: it may drift towards the end")
     ids, chosen = _choose(info, times, max_area, frame_num, mode, budget_frames, fps)
     notes += chosen
     rate, keeps, span, said = _timing(info, times, ids, mode, fps)
@@ -186,8 +185,10 @@ def _check_numbers(max_area: int, frame_num: int | None, mode: str, budget_frame
         raise InputError(f"frame_num is {frame_num}; it must be at least 1.")
     if budget_frames < 1:
         raise InputError(f"budget_frames is {budget_frames}; it must be at least 1.")
-    if mode not in ("spread", "trim", "resample"):
-        raise InputError(f"Unknown frame mode {mode!r}: spread, trim or resample.")
+    if mode not in get_args(Mode):
+        raise InputError(f"Unknown frame mode {mode!r}: {', '.join(get_args(Mode))}.")
+    if mode == "all" and frame_num is not None:
+        raise InputError("frame_mode all takes every frame of the clip: leave frame_num out, or use frame_mode trim")
     if fps is not None and not 0 < fps <= 1000:
         raise InputError(f"fps is {fps}; it must lie between 0 and 1000.")
 
@@ -220,6 +221,8 @@ def _choose(
 ) -> tuple[tuple[int, ...], list[str]]:
     if mode == "resample":
         return _choose_resample(times, frame_num, budget, fps or NATIVE_FPS)
+    if mode == "all":
+        return tuple(range(len(times))), []
     if mode == "trim":
         return _choose_trim(times, frame_num, budget, info.fps)
     if frame_num is None:
@@ -245,6 +248,8 @@ def _choose_original(
         notes.append(f"{_count(count)} become {len(ids)}, the next lower 4n+1 that the model works in")
     else:
         notes.append(f"{_count(count)} at {info.fps:.4g} fps are spread over {_count(len(ids))}")
+        if count > budget:
+            notes.append("frame_mode all would make every frame of this clip, in several passes")
     return ids, notes
 
 

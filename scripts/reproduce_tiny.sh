@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# The models of the procedural world, from nothing: text encoder, autoencoder, teacher, student, and the ablation's table.
+#   bash scripts/reproduce_tiny.sh               everything into results/; stopped anywhere, the same command goes on
+#   bash scripts/reproduce_tiny.sh steps=10      key=value for every training (here: a rehearsal of minutes)
+# Lengths are those of configs/train; a first pass at a fraction of them took ten minutes on one H200, and on two CPU cores
+# the whole takes days by count. Not yet run at full length.
+# CLIPS=N changes how many clips are encoded, SEEDS=N how often each student of the ablation is trained.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+use_env train eval
+cd "$ROOT"
+runs="$ROOT/results/train"
+train() { python training/train.py --config "$@"; }
+
+train tiny_text "$@"
+train tiny_vae vae.text_encoder="$runs/tiny_text/export" "$@"
+[ -d "$runs/tiny_start" ] || python scripts/make_tiny.py --encoders "$runs/tiny_vae/export" --out "$runs/tiny_start"
+python training/encode.py world.clips="${CLIPS:-16384}" world.seed=2000000 --ckpt_dir "$runs/tiny_start" --out "$runs/tiny_world"
+train tiny_teacher "$@"
+train tiny_vdot ckpt_dir="$runs/tiny_teacher/export" "$@"
+python benchmarks/ablation.py all ckpt_dir="$runs/tiny_teacher/export" "$@" \
+    --teacher "$runs/tiny_teacher/export" --model "$runs/tiny_vdot/export" --seeds "${SEEDS:-3}"
