@@ -52,6 +52,7 @@ ENTRIES = (
     "vdot.training",
     "vdot.annotate",
     "vdot.evaluate",
+    "vdot.bench",
     "vdot.entry",
     "vdot.prompts",
 )
@@ -80,7 +81,7 @@ FORBIDDEN = {
     "vdot.data": tuple(entry for entry in ENTRIES if entry != "vdot.request"),
     "vdot.distillation": (*(e for e in ENTRIES if e != "vdot.distillation"), "vdot.checkpoints", "vdot.video"),
     "vdot.training": ("vdot.cli", "vdot.jobs", "vdot.record", "vdot.evaluate"),
-    "vdot.evaluate": ("vdot.cli", "vdot.jobs", "vdot.training", "vdot.distillation", "vdot.pipeline"),
+    "vdot.evaluate": ("vdot.cli", "vdot.jobs", "vdot.bench", "vdot.training", "vdot.distillation", "vdot.pipeline"),
     "vdot.pipeline": (
         "vdot.cli",
         "vdot.jobs",

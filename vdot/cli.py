@@ -21,7 +21,7 @@ from vdot.conditioning import Condition
 from vdot.config import GenerateConfig, load_config
 from vdot.entry import enter
 from vdot.errors import CheckpointError, ConfigError, one_line
-from vdot.jobs import look_at_jobs, read_jobs, run_jobs, summary
+from vdot.jobs import Job, Outcome, look_at_jobs, read_jobs, run_jobs, summary
 from vdot.memory import MemoryPlan, is_out_of_memory, plan_generation
 from vdot.models.attention import BACKENDS
 from vdot.models.presets import PRESETS
@@ -33,7 +33,7 @@ from vdot.pipeline import VdotPipeline, VideoResult, checkpoint_defaults, checkp
 from vdot.prompts import MODES, Extended, Writer, extend_prompt, find_writer
 from vdot.record import check_overwrites, default_folder, fingerprint, settings_hash, writable, write_run
 from vdot.request import Prepared, Request, prepare
-from vdot.runtime import Stages, log, pick_device, pick_dtype, total_memory
+from vdot.runtime import Stages, log, peak_memory, pick_device, pick_dtype, reset_peak, total_memory
 from vdot.sampling import SOLVERS, FewStepSchedule
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,7 +111,7 @@ Any option can also be written key=value, or come from --config FILE (YAML, or t
 then repeats that run byte for byte)."""
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (see --help)")
 
@@ -132,7 +132,7 @@ class Form:
 
 
 def build_parser(prog: str, form: Form) -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog=prog,
         description=form.description,
         epilog=form.examples,
@@ -310,14 +310,7 @@ def make(config: GenerateConfig, ranks: Ranks) -> int:
         log.info("checkpoint %s (%s)", path, why)
         info = inspect_checkpoint(path)
         check_model_name(config.model_name, info)
-        device = own_device(pick_device(config.device), Launch.from_environment())
-        sizes = _sizes(config, info, ranks.world)
-    arrange(ranks, device, *sizes)
-    if ranks.world > 1:
-        log.info("%d processes: %s", ranks.world, ranks.mesh.describe())
-    elif config.t5_fsdp or config.dit_fsdp:
-        log.info("note  --t5_fsdp and --dit_fsdp have no effect on one process")
-    session = Session(config, path, info, device, ranks)
+    session = open_session(config, path, info, ranks, many=config.jobs is not None)
     if config.jobs is not None:
         return session.run_table(config.jobs)
     with ranks.agree():
@@ -330,10 +323,22 @@ def make(config: GenerateConfig, ranks: Ranks) -> int:
     return 0
 
 
-def _sizes(config: GenerateConfig, info: CheckpointInfo, world: int) -> tuple[int, int]:
+def open_session(config: GenerateConfig, path: Path, info: CheckpointInfo, ranks: Ranks, many: bool) -> "Session":
+    """The processes laid out for one video or for ``many``; collective. Nothing is loaded yet."""
+    with ranks.agree():
+        device = own_device(pick_device(config.device), Launch.from_environment())
+        sizes = _sizes(config, info, ranks.world, many)
+    arrange(ranks, device, *sizes)
+    if ranks.world > 1:
+        log.info("%d processes: %s", ranks.world, ranks.mesh.describe())
+    elif config.t5_fsdp or config.dit_fsdp:
+        log.info("note  --t5_fsdp and --dit_fsdp have no effect on one process")
+    return Session(config, path, info, device, ranks)
+
+
+def _sizes(config: GenerateConfig, info: CheckpointInfo, world: int, many: bool) -> tuple[int, int]:
     """``(ulysses, ring)`` of this run."""
     # Several videos at once need a whole model per process, unless its weights are split.
-    many = config.jobs is not None
     together = config.dit_fsdp and config.ulysses_size is None and config.ring_size is None
     heads = 40 if info.dit is None else info.dit.num_heads
     per_node = Launch.from_environment().local_world
@@ -377,6 +382,12 @@ class Session:
                     **several,
                 )
         return self._pipeline
+
+    def release(self) -> None:
+        """Let go of the networks; they load again when needed."""
+        self._pipeline = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def prepare(self, config: GenerateConfig) -> Prepared:
         return prepare(request_of(config), checkpoint_defaults(self.info))
@@ -448,6 +459,7 @@ class Session:
             request = replace(request, prompt=extended.prompt)
         try:
             pipeline = self.pipeline
+            reset_peak(self.device)
             with step_bar(shown=self.ranks.rank == 0) as on_step:
                 result = pipeline.generate(request, schedule, prepared, on_step)
         except (RuntimeError, MemoryError) as error:
@@ -490,7 +502,8 @@ class Session:
     ) -> None:
         checkpoint = {"path": str(self.path), "layout": self.info.layout, "fingerprint": self.fingerprint}
         resolved = {key: str(getattr(self, key)).removeprefix("torch.") for key in ("dtype", "vae_dtype")}
-        record = write_run(result, config, folder, checkpoint, video, resolved, extended)
+        machine = {"device": self.device.type, "peak_memory": peak_memory(self.device)}
+        record = write_run(result, config, folder, checkpoint, video, resolved, extended, machine)
         for note in result.notes[len(prepared.notes) :]:
             log.info("note  %s", note)
         count = "1 frame" if len(result.frames) == 1 else f"{len(result.frames)} frames"
@@ -502,7 +515,16 @@ class Session:
             jobs = read_jobs(table, self.config)
         folder = Path(self.config.save_dir or default_folder(self.path).with_name(Path(table).stem))
         if self.config.dry_run:
-            return look_at_jobs(jobs, lambda row: self.describe(row, self.prepare(row))) if self.ranks.rank == 0 else 0
+            return self.describe_jobs(jobs) if self.ranks.rank == 0 else 0
+        outcomes = self.run_jobs(jobs, folder)
+        if self.ranks.rank:
+            return 0
+        for line in summary(outcomes):
+            log.info("%s", line)
+        return 1 if any(outcome.status == "failed" for outcome in outcomes) else 0
+
+    def run_jobs(self, jobs: list[Job], folder: Path) -> list[Outcome]:
+        """See :func:`vdot.jobs.run_jobs`."""
 
         def generate(config: GenerateConfig, video: Path) -> None:
             with self.ranks.agree():
@@ -513,9 +535,8 @@ class Session:
 
         with writable(folder) if self.ranks.leads else nullcontext():
             hashed = partial(settings_hash, checkpoint=self.fingerprint)
-            outcomes = run_jobs(jobs, folder, generate, hashed, self.ranks)
-        if self.ranks.rank:
-            return 0
-        for line in summary(outcomes):
-            log.info("%s", line)
-        return 1 if any(outcome.status == "failed" for outcome in outcomes) else 0
+            return run_jobs(jobs, folder, generate, hashed, self.ranks)
+
+    def describe_jobs(self, jobs: list[Job]) -> int:
+        """See :func:`vdot.jobs.look_at_jobs`."""
+        return look_at_jobs(jobs, lambda row: self.describe(row, self.prepare(row)))

@@ -16,8 +16,8 @@ from vdot.errors import ConfigError, InputError, VdotError, one_line
 from vdot.parallel.state import Queue, Ranks
 from vdot.record import file_hash
 from vdot.request import reference_list
-from vdot.runtime import log
-from vdot.video.output import remove_leftovers
+from vdot.runtime import clock, log
+from vdot.video.output import bad_name, remove_leftovers
 
 PATHS = ("src_video", "src_mask", "src_ref_images")
 LISTS = ("src_ref_images", "image", "video")  # options that may name several files
@@ -130,7 +130,7 @@ def _job(
     values = dict(row)
     given = values.pop("id", None)
     if given is not None:
-        problem = _bad_id(given)
+        problem = bad_name(given, ".mp4")
         if problem:
             return Job(name, None, f"the id {given!r} cannot be a file name: {problem}")
         name = str(given)
@@ -144,20 +144,6 @@ def _job(
         return Job(name, merge_config(base, values, f"job {name}"))
     except ConfigError as error:
         return Job(name, None, str(error))
-
-
-def _bad_id(value: Any) -> str | None:
-    """Why ``value`` cannot name ``<id>.mp4`` and the folder ``<id>/`` on every file system."""
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        return "it must be text"
-    name = str(value)
-    if not name or name != name.strip() or name.startswith(".") or name.endswith("."):
-        return "it is empty, or begins or ends with a dot or a space"
-    if any(c in '/\\:*?"<>|' or not c.isprintable() for c in name):
-        return 'it holds one of / \\ : * ? " < > | or an invisible character'
-    if name.lower().endswith(".mp4"):
-        return "leave out .mp4, it is added"
-    return "it is longer than 200 bytes" if len(name.encode()) > 200 else None
 
 
 def _beside(value: Any, key: str, folder: Path) -> Any:
@@ -195,21 +181,35 @@ def run_jobs(
     """Run each job through ``generate(config, video_path)``, which writes ``<id>.mp4`` and then ``<id>/run.json``.
 
     A job whose video and record are there with the same settings is skipped; anything else is made anew. An error
-    ends its own job only; Ctrl-C ends the batch. Each group of ``ranks`` takes the next job when it is free; the first
-    rank gets all outcomes, in the order of the table, the others an empty list.
+    ends its own job only; Ctrl-C ends the batch. An id made by a program may be a path below ``folder``. Each group of
+    ``ranks`` takes the next job when it is free; the first rank gets all outcomes, in the order of the table, the
+    others an empty list.
     """
     ranks = ranks or Ranks()
     if ranks.rank == 0:
-        remove_leftovers(folder)
-    queue = Queue(ranks, len(jobs))
+        for holder in sorted({(folder / job.id).parent for job in jobs}):
+            if holder.is_dir():
+                remove_leftovers(holder)
+    queue, worked = Queue(ranks, len(jobs)), [0.0]  # seconds of the videos that this group made
     for index in queue:
         job, start = jobs[index], time.perf_counter()
-        log.info("job %d of %d: %s", index + 1, len(jobs), job.id)
+        log.info("job %d of %d: %s%s", index + 1, len(jobs), job.id, _time_left(worked, len(jobs) - index, ranks))
         status, message = _run_one(job, folder, generate, fingerprint, ranks)
         if status == "failed":
             log.error("  failed: %s", message)
-        queue.report(index, asdict(Outcome(job.id, status, time.perf_counter() - start, message)))
+        seconds = time.perf_counter() - start
+        worked += [seconds] if status == "done" else []
+        queue.report(index, asdict(Outcome(job.id, status, seconds, message)))
     return [Outcome(**outcome) for outcome in queue.collect()]
+
+
+def _time_left(worked: list[float], jobs: int, ranks: Ranks) -> str:
+    """What the videos made so far say of those to come, as a remark; the first one loads the model and says little."""
+    known = worked[2:] or worked[1:]
+    if not known:
+        return ""
+    groups = max(1, ranks.world // ranks.mesh.sequence.size)
+    return f" (about {clock(sum(known) / len(known) * -(-jobs // groups))} to go)"
 
 
 def _run_one(
