@@ -29,10 +29,12 @@ CORE = [
 EXTRAS = {
     "train": ["wandb>=0.19", "peft>=0.15", "matplotlib>=3.8"],
     "demo": ["gradio>=5,<7"],
-    "annotate": ["rapidocr>=3.0", "onnxruntime>=1.20", "scenedetect-headless>=0.6.5"],
+    # what mediapipe 0.10.21 needs: its own pins do not fit, so it is installed beside, with --no-deps
+    "annotate": ["absl-py>=2.1", "attrs>=23", "flatbuffers>=24", "matplotlib>=3.8"],
     "eval": ["scipy>=1.12", "scikit-image>=0.24", "matplotlib>=3.8"],
     "dev": [
         "pytest>=8",
+        "pytest-xdist>=3.6",
         "hypothesis>=6.100",
         "ruff>=0.9",
         "mypy>=1.13",

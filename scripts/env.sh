@@ -25,3 +25,21 @@ use_env() {
   fi
   export PATH="$VENV/bin:$PATH"
 }
+
+# recipe TASK CLIP PICTURE PROMPT [options]: a task of vace_preprocess.py with its three main inputs by place.
+recipe() {
+  local task="$1" prompt
+  shift
+  if [ $# -lt 3 ] || [ "$1" = "--help" ] || [ "$1" = "-h" ]; then
+    sed -n '2,/^set -/s/^# \{0,1\}//p' "${BASH_SOURCE[1]}"
+    [ $# -ge 1 ] && [[ "$1" = "--help" || "$1" = "-h" ]] && exit 0
+    echo "error: give a clip, a picture and a prompt (\"\" to prepare only)" >&2
+    exit 2
+  fi
+  local args=(--task "$task" --video "$1" --image "$2")
+  prompt="$3"
+  shift 3
+  [ -n "$prompt" ] && args+=(--prompt "$prompt")
+  use_env
+  python "$ROOT/inference/vace_preprocess.py" "${args[@]}" "$@"
+}

@@ -50,10 +50,19 @@ ENTRIES = (
     "vdot.request",
     "vdot.distillation",
     "vdot.training",
+    "vdot.annotate",
     "vdot.evaluate",
+    "vdot.bench",
     "vdot.entry",
     "vdot.prompts",
 )
+# Annotators know files, pixels and their own backends; only their command line knows the generator.
+NOT_FOR_ANNOTATE = (
+    *(e for e in ENTRIES if e not in ("vdot.annotate", "vdot.request")),
+    "vdot.checkpoints",
+    "vdot.models",
+)
+ANNOTATORS = [path for path in FILES if path.parent.name == "annotate" and path.stem != "cli"]
 FORBIDDEN = {
     "vdot.checkpoints": ENTRIES,
     "vdot.conditioning": (*ENTRIES, "vdot.checkpoints", "vdot.video"),
@@ -66,12 +75,22 @@ FORBIDDEN = {
     "vdot.prompts": ("vdot.cli", "vdot.pipeline", "vdot.jobs", "vdot.record", "vdot.request", "vdot.models"),
     "vdot.config": (*ENTRIES, "vdot.models", "vdot.checkpoints"),
     "vdot.errors": ("vdot",),
-    "vdot.request": ("vdot.cli", "vdot.pipeline", "vdot.jobs", "vdot.models", "vdot.sampling"),
+    "vdot.request": ("vdot.cli", "vdot.pipeline", "vdot.jobs", "vdot.models", "vdot.sampling", "vdot.annotate"),
+    "vdot.annotate.cli": ("vdot.training", "vdot.distillation", "vdot.evaluate"),
+    **{f"vdot.annotate.{path.stem}": NOT_FOR_ANNOTATE for path in ANNOTATORS},
     "vdot.data": tuple(entry for entry in ENTRIES if entry != "vdot.request"),
     "vdot.distillation": (*(e for e in ENTRIES if e != "vdot.distillation"), "vdot.checkpoints", "vdot.video"),
     "vdot.training": ("vdot.cli", "vdot.jobs", "vdot.record", "vdot.evaluate"),
-    "vdot.evaluate": ("vdot.cli", "vdot.jobs", "vdot.training", "vdot.distillation", "vdot.pipeline"),
-    "vdot.pipeline": ("vdot.cli", "vdot.jobs", "vdot.record", "vdot.config", "vdot.training", "vdot.data"),
+    "vdot.evaluate": ("vdot.cli", "vdot.jobs", "vdot.bench", "vdot.training", "vdot.distillation", "vdot.pipeline"),
+    "vdot.pipeline": (
+        "vdot.cli",
+        "vdot.jobs",
+        "vdot.record",
+        "vdot.config",
+        "vdot.training",
+        "vdot.data",
+        "vdot.annotate",
+    ),
 }
 
 
@@ -92,6 +111,7 @@ def test_arrows_point_down(path):
 def test_optional_packages_are_imported_where_they_are_used(path):
     """torchvision is not installed with us; decord has no wheel on some machines; the rest are extras."""
     optional = ("torchvision", "decord", "gradio", "wandb", "peft", "triton", "flash_attn", "rapidocr", "matplotlib")
+    optional = (*optional, "mediapipe")
     assert {n for n, top in imports(path) if top and inside(n, *optional)} == set()
 
 

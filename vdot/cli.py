@@ -4,9 +4,9 @@ import argparse
 import difflib
 import secrets
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,8 +20,8 @@ from vdot.chunks import heaviest
 from vdot.conditioning import Condition
 from vdot.config import GenerateConfig, load_config
 from vdot.entry import enter
-from vdot.errors import CheckpointError, ConfigError, InputError, VdotError, one_line
-from vdot.jobs import Job, read_jobs, run_jobs, summary
+from vdot.errors import CheckpointError, ConfigError, one_line
+from vdot.jobs import Job, Outcome, look_at_jobs, read_jobs, run_jobs, summary
 from vdot.memory import MemoryPlan, is_out_of_memory, plan_generation
 from vdot.models.attention import BACKENDS
 from vdot.models.presets import PRESETS
@@ -33,7 +33,7 @@ from vdot.pipeline import VdotPipeline, VideoResult, checkpoint_defaults, checkp
 from vdot.prompts import MODES, Extended, Writer, extend_prompt, find_writer
 from vdot.record import check_overwrites, default_folder, fingerprint, settings_hash, writable, write_run
 from vdot.request import Prepared, Request, prepare
-from vdot.runtime import Stages, log, pick_device, pick_dtype, total_memory
+from vdot.runtime import Stages, log, peak_memory, pick_device, pick_dtype, reset_peak, total_memory
 from vdot.sampling import SOLVERS, FewStepSchedule
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,23 +111,38 @@ Any option can also be written key=value, or come from --config FILE (YAML, or t
 then repeats that run byte for byte)."""
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (see --help)")
 
 
-def build_parser(prog: str) -> argparse.ArgumentParser:
-    parser = _Parser(
+@dataclass(frozen=True)
+class Form:
+    """A command line: the options of ``schema`` in groups, and what ``--help`` says around them."""
+
+    schema: type[GenerateConfig] = GenerateConfig
+    groups: Mapping[str, Mapping[str, str]] = field(default_factory=lambda: GROUPS)
+    description: str = "Make a video from text and any of a source clip, a mask and reference pictures."
+    examples: str = EXAMPLES
+
+    @property
+    def types(self) -> dict[str, Any]:
+        """Annotation of every option."""
+        return {f.name: f.type for f in fields(self.schema)}
+
+
+def build_parser(prog: str, form: Form) -> argparse.ArgumentParser:
+    parser = Parser(
         prog=prog,
-        description="Make a video from text and any of a source clip, a mask and reference pictures.",
-        epilog=EXAMPLES,
+        description=form.description,
+        epilog=form.examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any option below, the other way to write it")
     parser.add_argument("--config", metavar="FILE", help="YAML of options, or the run.json of an earlier run")
-    types = GenerateConfig.__annotations__
-    for title, options in GROUPS.items():
+    types = form.types
+    for title, options in form.groups.items():
         group = parser.add_argument_group(title)
         for name, text in options.items():
             group.add_argument(f"--{name}", metavar=_metavar(types[name]), help=text)
@@ -136,12 +151,11 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _name_values(argv: Sequence[str]) -> list[str]:
+def _name_values(argv: Sequence[str], types: Mapping[str, Any]) -> list[str]:
     """``--dry_run`` -> ``--dry_run=true``, but ``--offload_model block`` -> ``--offload_model=block``.
 
     The value of a switch is optional, and argparse would take the key=value after it for one.
     """
-    types = GenerateConfig.__annotations__
     switches = {f"--{name}" for name in types if types[name] is bool or name == "offload_model"}
     named: list[str] = []
     for token in argv:
@@ -161,16 +175,17 @@ def _metavar(annotation: Any) -> str:
     return next((letter for kind, letter in kinds.items() if kind in str(annotation)), "TEXT")
 
 
-def parse(argv: Sequence[str], prog: str) -> GenerateConfig:
+def parse(argv: Sequence[str], prog: str, form: Form | None = None) -> GenerateConfig:
     """Defaults, then ``--config``, then flags and ``key=value``. ``ConfigError`` for anything not understood."""
-    parser = build_parser(prog)
-    args, unknown = parser.parse_known_intermixed_args(_name_values(argv))
+    form = form or Form()
+    parser = build_parser(prog, form)
+    args, unknown = parser.parse_known_intermixed_args(_name_values(argv, form.types))
     if unknown:
         known = [s for a in parser._actions for s in a.option_strings]
         near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
         raise ConfigError(f"unknown option {unknown[0]}; " + (f"did you mean {near[0]}?" if near else "see --help"))
     given = {k: v for k, v in vars(args).items() if v is not None and k not in ("overrides", "config")}
-    return load_config(GenerateConfig, args.config, args.overrides, given)
+    return load_config(form.schema, args.config, args.overrides, given)
 
 
 def find_checkpoint(ckpt_dir: str | None) -> tuple[Path, str]:
@@ -284,19 +299,18 @@ def main(argv: Sequence[str] | None = None, prog: str = "vace_wan_inference.py")
 def _run(argv: Sequence[str], prog: str, ranks: Ranks) -> int:
     with ranks.agree():
         config = parse(argv, prog)
+    return make(config, ranks)
+
+
+def make(config: GenerateConfig, ranks: Ranks) -> int:
+    """What the options ask for: a video, a table of them, or the plan alone; the exit code."""
+    with ranks.agree():
         check_options(config)
         path, why = find_checkpoint(config.ckpt_dir)
         log.info("checkpoint %s (%s)", path, why)
         info = inspect_checkpoint(path)
         check_model_name(config.model_name, info)
-        device = own_device(pick_device(config.device), Launch.from_environment())
-        sizes = _sizes(config, info, ranks.world)
-    arrange(ranks, device, *sizes)
-    if ranks.world > 1:
-        log.info("%d processes: %s", ranks.world, ranks.mesh.describe())
-    elif config.t5_fsdp or config.dit_fsdp:
-        log.info("note  --t5_fsdp and --dit_fsdp have no effect on one process")
-    session = Session(config, path, info, device, ranks)
+    session = open_session(config, path, info, ranks, many=config.jobs is not None)
     if config.jobs is not None:
         return session.run_table(config.jobs)
     with ranks.agree():
@@ -309,10 +323,22 @@ def _run(argv: Sequence[str], prog: str, ranks: Ranks) -> int:
     return 0
 
 
-def _sizes(config: GenerateConfig, info: CheckpointInfo, world: int) -> tuple[int, int]:
+def open_session(config: GenerateConfig, path: Path, info: CheckpointInfo, ranks: Ranks, many: bool) -> "Session":
+    """The processes laid out for one video or for ``many``; collective. Nothing is loaded yet."""
+    with ranks.agree():
+        device = own_device(pick_device(config.device), Launch.from_environment())
+        sizes = _sizes(config, info, ranks.world, many)
+    arrange(ranks, device, *sizes)
+    if ranks.world > 1:
+        log.info("%d processes: %s", ranks.world, ranks.mesh.describe())
+    elif config.t5_fsdp or config.dit_fsdp:
+        log.info("note  --t5_fsdp and --dit_fsdp have no effect on one process")
+    return Session(config, path, info, device, ranks)
+
+
+def _sizes(config: GenerateConfig, info: CheckpointInfo, world: int, many: bool) -> tuple[int, int]:
     """``(ulysses, ring)`` of this run."""
     # Several videos at once need a whole model per process, unless its weights are split.
-    many = config.jobs is not None
     together = config.dit_fsdp and config.ulysses_size is None and config.ring_size is None
     heads = 40 if info.dit is None else info.dit.num_heads
     per_node = Launch.from_environment().local_world
@@ -356,6 +382,12 @@ class Session:
                     **several,
                 )
         return self._pipeline
+
+    def release(self) -> None:
+        """Let go of the networks; they load again when needed."""
+        self._pipeline = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def prepare(self, config: GenerateConfig) -> Prepared:
         return prepare(request_of(config), checkpoint_defaults(self.info))
@@ -427,6 +459,7 @@ class Session:
             request = replace(request, prompt=extended.prompt)
         try:
             pipeline = self.pipeline
+            reset_peak(self.device)
             with step_bar(shown=self.ranks.rank == 0) as on_step:
                 result = pipeline.generate(request, schedule, prepared, on_step)
         except (RuntimeError, MemoryError) as error:
@@ -469,7 +502,8 @@ class Session:
     ) -> None:
         checkpoint = {"path": str(self.path), "layout": self.info.layout, "fingerprint": self.fingerprint}
         resolved = {key: str(getattr(self, key)).removeprefix("torch.") for key in ("dtype", "vae_dtype")}
-        record = write_run(result, config, folder, checkpoint, video, resolved, extended)
+        machine = {"device": self.device.type, "peak_memory": peak_memory(self.device)}
+        record = write_run(result, config, folder, checkpoint, video, resolved, extended, machine)
         for note in result.notes[len(prepared.notes) :]:
             log.info("note  %s", note)
         count = "1 frame" if len(result.frames) == 1 else f"{len(result.frames)} frames"
@@ -481,7 +515,16 @@ class Session:
             jobs = read_jobs(table, self.config)
         folder = Path(self.config.save_dir or default_folder(self.path).with_name(Path(table).stem))
         if self.config.dry_run:
-            return self._describe_table(jobs) if self.ranks.rank == 0 else 0
+            return self.describe_jobs(jobs) if self.ranks.rank == 0 else 0
+        outcomes = self.run_jobs(jobs, folder)
+        if self.ranks.rank:
+            return 0
+        for line in summary(outcomes):
+            log.info("%s", line)
+        return 1 if any(outcome.status == "failed" for outcome in outcomes) else 0
+
+    def run_jobs(self, jobs: list[Job], folder: Path) -> list[Outcome]:
+        """See :func:`vdot.jobs.run_jobs`."""
 
         def generate(config: GenerateConfig, video: Path) -> None:
             with self.ranks.agree():
@@ -492,23 +535,8 @@ class Session:
 
         with writable(folder) if self.ranks.leads else nullcontext():
             hashed = partial(settings_hash, checkpoint=self.fingerprint)
-            outcomes = run_jobs(jobs, folder, generate, hashed, self.ranks)
-        if self.ranks.rank:
-            return 0
-        for line in summary(outcomes):
-            log.info("%s", line)
-        return 1 if any(outcome.status == "failed" for outcome in outcomes) else 0
+            return run_jobs(jobs, folder, generate, hashed, self.ranks)
 
-    def _describe_table(self, jobs: list[Job]) -> int:
-        failed = 0
-        for job in jobs:
-            log.info("%s", job.id)
-            try:
-                if job.config is None:
-                    raise InputError(job.error or "bad row")
-                self.describe(job.config, self.prepare(job.config))
-            except VdotError as error:
-                failed += 1
-                log.info("  would fail: %s", one_line(error))
-        log.info("%d of %d would fail", failed, len(jobs))
-        return 1 if failed else 0
+    def describe_jobs(self, jobs: list[Job]) -> int:
+        """See :func:`vdot.jobs.look_at_jobs`."""
+        return look_at_jobs(jobs, lambda row: self.describe(row, self.prepare(row)))

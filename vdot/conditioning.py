@@ -168,6 +168,16 @@ def _edge_difference(difference: np.ndarray, kept: np.ndarray, radius: float) ->
     return total / np.maximum(weight, 1e-4)[..., None]
 
 
+def hide(frames: np.ndarray, white: np.ndarray, filler: np.ndarray | None = None) -> np.ndarray:
+    """uint8 ``frames [T, H, W, 3]`` with unknown grey, or ``filler`` of their shape, where bool ``white`` is true."""
+    return np.where(white[..., None], np.uint8(UNKNOWN_GREY) if filler is None else filler, frames)
+
+
+def as_mask(white: np.ndarray) -> np.ndarray:
+    """Bool -> uint8: 255 generates, 0 keeps."""
+    return np.where(white, 255, 0).astype(np.uint8)
+
+
 def explain_mask(source: np.ndarray, mask: np.ndarray) -> list[str]:
     """What was understood of a mask, in sentences; ``source`` uint8 ``[T, H, W, 3]``, ``mask [T, H, W]`` in [0, 1] or
     uint8."""

@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ from vdot.errors import ConfigError, InputError, VdotError, one_line
 from vdot.parallel.state import Queue, Ranks
 from vdot.record import file_hash
 from vdot.request import reference_list
-from vdot.runtime import log
-from vdot.video.output import remove_leftovers
+from vdot.runtime import clock, log
+from vdot.video.output import bad_name, remove_leftovers
 
 PATHS = ("src_video", "src_mask", "src_ref_images")
+LISTS = ("src_ref_images", "image", "video")  # options that may name several files
 # One model is loaded for all rows, so what belongs to the model cannot differ between them.
 PER_ROW = (
     *PATHS,
@@ -60,11 +61,13 @@ class Outcome:
     message: str
 
 
-def read_jobs(path: str | Path, base: GenerateConfig) -> list[Job]:
+def read_jobs(
+    path: str | Path, base: GenerateConfig, per_row: Sequence[str] = PER_ROW, paths: Sequence[str] = PATHS
+) -> list[Job]:
     """Rows of a ``.jsonl`` or ``.csv`` file, one job each; bad rows become jobs with an error.
 
-    A row gives ``id`` (its file name; default its number) and any of the per-video options of the command line.
-    Media paths are looked up beside the table first, then from the current folder.
+    A row gives ``id`` (its file name; default its number) and any of the options ``per_row``; files (``paths``)
+    are looked up beside the table first, then from the current folder.
 
     Raises:
         InputError: the file cannot be read, has no rows, or two rows share an id.
@@ -73,7 +76,7 @@ def read_jobs(path: str | Path, base: GenerateConfig) -> list[Job]:
     rows = _read_rows(path)
     if not rows:
         raise InputError(f"{path} holds no jobs: write one JSON object a line, or a CSV with a header")
-    jobs = [_job(row, number, path.parent, base) for number, row in enumerate(rows, start=1)]
+    jobs = [_job(row, number, path.parent, base, per_row, paths) for number, row in enumerate(rows, start=1)]
     seen = Counter(job.id.casefold() for job in jobs)  # some file systems do not tell A.mp4 from a.mp4
     double = next((job.id for job in jobs if seen[job.id.casefold()] > 1), None)
     if double is not None:
@@ -113,21 +116,28 @@ def _json_row(line: str) -> dict[str, Any] | str:
     return row if isinstance(row, dict) else "the line is not a JSON object"
 
 
-def _job(row: dict[str, Any] | str, number: int, folder: Path, base: GenerateConfig) -> Job:
+def _job(
+    row: dict[str, Any] | str,
+    number: int,
+    folder: Path,
+    base: GenerateConfig,
+    per_row: Sequence[str],
+    paths: Sequence[str],
+) -> Job:
     name = f"{number:04d}"
     if isinstance(row, str):
         return Job(name, None, row)
     values = dict(row)
     given = values.pop("id", None)
     if given is not None:
-        problem = _bad_id(given)
+        problem = bad_name(given, ".mp4")
         if problem:
             return Job(name, None, f"the id {given!r} cannot be a file name: {problem}")
         name = str(given)
-    wrong = sorted(set(values) - set(PER_ROW))
+    wrong = sorted(set(values) - set(per_row))
     if wrong:
-        return Job(name, None, f"unknown or not per-video option {wrong[0]!r}; a row may give: {', '.join(PER_ROW)}")
-    for key in PATHS:
+        return Job(name, None, f"unknown or not per-video option {wrong[0]!r}; a row may give: {', '.join(per_row)}")
+    for key in paths:
         if values.get(key):
             values[key] = _beside(values[key], key, folder)
     try:
@@ -136,27 +146,29 @@ def _job(row: dict[str, Any] | str, number: int, folder: Path, base: GenerateCon
         return Job(name, None, str(error))
 
 
-def _bad_id(value: Any) -> str | None:
-    """Why ``value`` cannot name ``<id>.mp4`` and the folder ``<id>/`` on every file system."""
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        return "it must be text"
-    name = str(value)
-    if not name or name != name.strip() or name.startswith(".") or name.endswith("."):
-        return "it is empty, or begins or ends with a dot or a space"
-    if any(c in '/\\:*?"<>|' or not c.isprintable() for c in name):
-        return 'it holds one of / \\ : * ? " < > | or an invisible character'
-    if name.lower().endswith(".mp4"):
-        return "leave out .mp4, it is added"
-    return "it is longer than 200 bytes" if len(name.encode()) > 200 else None
-
-
 def _beside(value: Any, key: str, folder: Path) -> Any:
     """Media paths of a row, those that lie beside the table from there."""
     if isinstance(value, list):
         listed = [str(item) for item in value]
     else:
-        listed = [str(p) for p in reference_list(str(value), folder)] if key == "src_ref_images" else [str(value)]
+        listed = [str(p) for p in reference_list(str(value), folder)] if key in LISTS else [str(value)]
     return ",".join(str(folder / path) if os.path.exists(folder / path) else path for path in listed)
+
+
+def look_at_jobs(jobs: Sequence[Job], look: Callable[[Any], object]) -> int:
+    """Say of each job what it would make (``look`` does) or why it would fail; 1 if any would."""
+    failed = 0
+    for job in jobs:
+        log.info("%s", job.id)
+        try:
+            if job.config is None:
+                raise InputError(job.error or "bad row")
+            look(job.config)
+        except VdotError as error:
+            failed += 1
+            log.info("  would fail: %s", one_line(error))
+    log.info("%d of %d would fail", failed, len(jobs))
+    return 1 if failed else 0
 
 
 def run_jobs(
@@ -169,21 +181,35 @@ def run_jobs(
     """Run each job through ``generate(config, video_path)``, which writes ``<id>.mp4`` and then ``<id>/run.json``.
 
     A job whose video and record are there with the same settings is skipped; anything else is made anew. An error
-    ends its own job only; Ctrl-C ends the batch. Each group of ``ranks`` takes the next job when it is free; the first
-    rank gets all outcomes, in the order of the table, the others an empty list.
+    ends its own job only; Ctrl-C ends the batch. An id made by a program may be a path below ``folder``. Each group of
+    ``ranks`` takes the next job when it is free; the first rank gets all outcomes, in the order of the table, the
+    others an empty list.
     """
     ranks = ranks or Ranks()
     if ranks.rank == 0:
-        remove_leftovers(folder)
-    queue = Queue(ranks, len(jobs))
+        for holder in sorted({(folder / job.id).parent for job in jobs}):
+            if holder.is_dir():
+                remove_leftovers(holder)
+    queue, worked = Queue(ranks, len(jobs)), [0.0]  # seconds of the videos that this group made
     for index in queue:
         job, start = jobs[index], time.perf_counter()
-        log.info("job %d of %d: %s", index + 1, len(jobs), job.id)
+        log.info("job %d of %d: %s%s", index + 1, len(jobs), job.id, _time_left(worked, len(jobs) - index, ranks))
         status, message = _run_one(job, folder, generate, fingerprint, ranks)
         if status == "failed":
             log.error("  failed: %s", message)
-        queue.report(index, asdict(Outcome(job.id, status, time.perf_counter() - start, message)))
+        seconds = time.perf_counter() - start
+        worked += [seconds] if status == "done" else []
+        queue.report(index, asdict(Outcome(job.id, status, seconds, message)))
     return [Outcome(**outcome) for outcome in queue.collect()]
+
+
+def _time_left(worked: list[float], jobs: int, ranks: Ranks) -> str:
+    """What the videos made so far say of those to come, as a remark; the first one loads the model and says little."""
+    known = worked[2:] or worked[1:]
+    if not known:
+        return ""
+    groups = max(1, ranks.world // ranks.mesh.sequence.size)
+    return f" (about {clock(sum(known) / len(known) * -(-jobs // groups))} to go)"
 
 
 def _run_one(

@@ -153,10 +153,12 @@ def write_run(
     video: Path | None = None,
     resolved: dict[str, Any] | None = None,
     extended: Extended | None = None,
+    machine: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write ``out_video.mp4`` (or ``video``), the inputs as the model got them, and ``run.json``: all of them or none.
 
-    ``resolved`` has options that the machine decided, for ``run.json`` to repeat; so is a prompt that was ``extended``.
+    ``resolved`` has options that the machine decided, for ``run.json`` to repeat; so is a prompt that was ``extended``;
+    ``machine`` is merely told.
     """
     files = _contents(result, video or folder / "out_video.mp4", folder)
     with ExitStack() as stack:
@@ -167,7 +169,7 @@ def write_run(
             temporary = Path(stack.enter_context(atomic_path(path)))
             write(temporary)
             hashes[path.name] = file_hash(temporary)
-        record = run_record(result, config, checkpoint, hashes, resolved or {}, extended)
+        record = run_record(result, config, checkpoint, hashes, resolved or {}, extended) | {"machine": machine or {}}
         record_file.write_text(_json(record), encoding="utf-8")
         inputs = [Path(name) for names in input_files(config).values() for name in names]
         _remove_earlier(folder, {path.absolute() for path in [*files, *inputs]})

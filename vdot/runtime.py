@@ -61,6 +61,33 @@ def total_memory(device: torch.device) -> int:
     return psutil.virtual_memory().total + psutil.swap_memory().total
 
 
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that were in use at once: on CUDA since the last :func:`reset_peak`, of this process otherwise."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return int(getattr(psutil.Process().memory_info(), "peak_wset", 0)) or _peak_resident()
+
+
+def _peak_resident() -> int:
+    import resource  # not on Windows, where psutil knows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def clock(seconds: float) -> str:
+    """``2 h 05 min``, ``3 min 20 s`` or ``12 s``."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"
+
+
 def pick_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dtype:
     """The named precision, else bfloat16 on an accelerator and float32 on a CPU."""
     if isinstance(name, torch.dtype):

@@ -66,7 +66,7 @@ def outcomes(tmp_path_factory) -> dict:
     """Two ranks, three ways to end them."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(PROGRAM), str(tmp_path_factory.mktemp("stopping"))]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 

@@ -4,9 +4,12 @@ What has no annotator without weights (depth, pose) is compared with what a cont
 function says what it leaves out.
 """
 
+from collections.abc import Sequence
+
 import cv2
 import numpy as np
 
+from vdot.annotate.masks import box_of
 from vdot.data.sprites.render import FULL_FLOW
 from vdot.evaluate.fields import check_pair, edges, luminance, optical_flow
 from vdot.evaluate.kept import ssim
@@ -151,13 +154,7 @@ def box_overlap(masks: np.ndarray, boxes: np.ndarray) -> float | None:
     return float(np.mean(values)) if values else None
 
 
-def box_of(mask: np.ndarray) -> list[int]:
-    """Left, top, right, bottom of a bool ``[H, W]`` that is not empty, the last two exclusive."""
-    rows, cols = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
-    return [int(cols[0]), int(rows[0]), int(cols[-1]) + 1, int(rows[-1]) + 1]
-
-
-def _box_iou(a: list[int], b: list[int]) -> float:
+def _box_iou(a: Sequence[int], b: Sequence[int]) -> float:
     wide, high = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
     common = max(wide, 0) * max(high, 0)
     return common / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - common)

@@ -8,17 +8,18 @@ from typing import Literal
 import cv2
 import numpy as np
 
+from vdot.annotate.flow import dense_flow
+from vdot.annotate.lines import luminance
+from vdot.annotate.material import check_frames
 from vdot.errors import InputError
 
-FLOW_SIDE = 128  # pixels of the short side that flow is computed at, at least: the matcher's patches are 8 wide
 FLAT = 3.0  # levels a pixel, root mean square: gradients below are noise, and flow found there as well
 Method = Literal["dis", "farneback"]
 
 
 def check_clip(frames: np.ndarray, name: str = "frames") -> None:
     """``InputError`` unless uint8 ``[T, H, W, 3]`` with something in it."""
-    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
-        raise InputError(f"{name} must be uint8 [T, H, W, 3], got {frames.dtype} {list(frames.shape)}")
+    check_frames(frames, name)
 
 
 def check_pair(frames: np.ndarray, other: np.ndarray) -> None:
@@ -27,11 +28,6 @@ def check_pair(frames: np.ndarray, other: np.ndarray) -> None:
     check_clip(other, "the clip compared with")
     if frames.shape != other.shape:
         raise InputError(f"the clips differ in shape: {list(frames.shape)} and {list(other.shape)}")
-
-
-def luminance(frames: np.ndarray) -> np.ndarray:
-    """Rec. 601 luma, uint8 ``[T, H, W]``."""
-    return np.stack([cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames])
 
 
 def lab(pixels: np.ndarray) -> np.ndarray:
@@ -50,21 +46,14 @@ def optical_flow(frames: np.ndarray, method: Method = "dis") -> np.ndarray:
     Where the picture is flat there is nothing to see moving, and matchers follow the noise: there it fades to 0.
     """
     grey = luminance(frames)
-    height, width = grey.shape[1:]
-    scale = max(1, -(-FLOW_SIDE // min(height, width)))
-    size = (width * scale, height * scale)
-    large = [cv2.resize(frame, size, interpolation=cv2.INTER_CUBIC) for frame in grey] if scale > 1 else list(grey)
-    dis = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-    out = np.empty((len(grey) - 1, height, width, 2), np.float32)
-    for t, field in enumerate(out):
-        pair = large[t], large[t + 1]
-        if method == "dis":
-            found = dis.calc(*pair, None)  # type: ignore[call-overload]
-        else:
-            found = cv2.calcOpticalFlowFarneback(*pair, None, 0.5, 4, 15, 3, 5, 1.2, 0)  # type: ignore[call-overload]
-        field[:] = cv2.resize(found, (width, height), interpolation=cv2.INTER_AREA) / scale
-        field *= _textured(grey[t])[..., None]
+    out = dense_flow(grey, None if method == "dis" else _farneback)
+    for frame, field in zip(grey, out, strict=False):
+        field *= _textured(frame)[..., None]
     return out
+
+
+def _farneback(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    return cv2.calcOpticalFlowFarneback(first, second, None, 0.5, 4, 15, 3, 5, 1.2, 0)  # type: ignore[call-overload]
 
 
 def _textured(grey: np.ndarray) -> np.ndarray:

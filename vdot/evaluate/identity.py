@@ -9,6 +9,7 @@ from vdot.evaluate.fields import check_clip
 LEVELS = 4  # of each channel in a colour histogram
 DIRECTIONS = 8  # of gradients, opposite ones alike
 WINDOWS = (0.25, 0.4, 0.6)  # sides of the places looked at, in short sides
+LOOKED_AT = 96  # pixels of the short side that places are told apart by: larger frames are averaged in blocks first
 WHITE = 240  # a reference is cut out on white
 
 
@@ -78,6 +79,7 @@ def reference_similarity(
 
 
 def _best_window(planes: np.ndarray, wanted: np.ndarray) -> float:
+    planes = _block_means(planes, max(1, min(planes.shape[:2]) // LOOKED_AT))
     height, width = planes.shape[:2]
     best = 0.0
     for part in WINDOWS:
@@ -86,3 +88,12 @@ def _best_window(planes: np.ndarray, wanted: np.ndarray) -> float:
         sums /= np.maximum(sums.sum(-1, keepdims=True), 1e-6)
         best = max(best, float(np.minimum(sums, wanted).sum(-1).max()))
     return best
+
+
+def _block_means(planes: np.ndarray, side: int) -> np.ndarray:
+    """``[H, W, K]`` -> ``[H // side, W // side, K]``; what is left over at the right and below is dropped."""
+    if side == 1:
+        return planes
+    height, width = (length // side * side for length in planes.shape[:2])
+    blocks = planes[:height, :width].reshape(height // side, side, width // side, side, -1)
+    return np.ascontiguousarray(blocks.mean((1, 3)))

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 
 from vdot.conditioning import MASK_THRESHOLD
-from vdot.evaluate.fields import check_pair, luminance
+from vdot.evaluate.fields import check_clip, check_pair, luminance
 
 EQUAL = 60.0  # dB at most: errors of rounding alone give 58.9, equal pixels infinity
 
@@ -84,6 +84,28 @@ def seam(frames: np.ndarray, mask: np.ndarray, truth: np.ndarray | None = None) 
     check_pair(frames, truth)
     own = _seam(truth, mask)
     return None if own is None else value - own
+
+
+def joint(frames: np.ndarray, mask: np.ndarray) -> float | None:
+    """How much larger the change is from a kept to a generated frame, or back, than beside it; levels, 0 is best.
+
+    Of every pixel that is kept in one of two frames in a row: the luminance's step between them less the mean of the
+    steps one frame before and after. It does not see a jump that is hidden in faster motion. Where a still was held
+    and all of it moves at once, the difference is real and counts.
+    """
+    check_clip(frames)
+    new = generated(mask)
+    border = np.diff(new.astype(np.int8), axis=0) != 0  # [T - 1, H, W]
+    light = luminance(frames).astype(np.float32)
+    step = np.abs(np.diff(light, axis=0))
+    known = [t for t in range(len(step)) if border[t].any()]
+    if not known or len(step) < 2:
+        return None
+    excess = []
+    for t in known:
+        beside = [step[s][border[t]] for s in (t - 1, t + 1) if 0 <= s < len(step)]
+        excess.append(step[t][border[t]] - np.mean(beside, axis=0))
+    return float(np.concatenate(excess).mean())
 
 
 def _seam(frames: np.ndarray, mask: np.ndarray) -> float | None:

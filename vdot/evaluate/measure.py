@@ -3,14 +3,15 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
 from vdot.data.sprites.render import Clip
-from vdot.data.sprites.tasks import TaskClip
+from vdot.data.sprites.scene import Scene
+from vdot.errors import InputError
 from vdot.evaluate import control, identity, kept, motion, picture
-from vdot.evaluate.fields import check_pair, optical_flow
+from vdot.evaluate.fields import check_clip, check_pair, optical_flow
 from vdot.evaluate.truth import Found, Judge, Verdict
 
 Values = dict[str, float | None]
@@ -64,22 +65,54 @@ METRICS: dict[str, Metric] = {
 GROUPS = tuple(dict.fromkeys(metric.group for metric in METRICS.values()))
 
 
-class Measurer:
-    """All measurements of videos for one task; what depends on the task alone is computed once."""
+class Task(Protocol):
+    """What is measured against: a :class:`~vdot.data.sprites.tasks.TaskClip`, or the like without video and scene."""
 
-    def __init__(self, task: TaskClip) -> None:
+    @property
+    def src_video(self) -> np.ndarray | None: ...
+    @property
+    def src_mask(self) -> np.ndarray | None: ...
+    @property
+    def references(self) -> tuple[np.ndarray, ...]: ...
+    @property
+    def control(self) -> str: ...
+    @property
+    def video(self) -> np.ndarray | None: ...
+    @property
+    def scene(self) -> Scene | None: ...
+    @property
+    def things(self) -> tuple[int, ...]: ...
+
+
+class Measurer:
+    """All measurements of videos for one task; what depends on the task alone is computed once.
+
+    Where no scene is known, nothing is said of content and place, of poses and boxes, and references are looked for
+    everywhere. Where no truth is known, what is relative to it is ``None``; seams and drifts are as they are.
+    """
+
+    def __init__(self, task: Task) -> None:
         self.task = task
-        self.clip = Clip(task.scene)
-        self.judge = Judge(self.clip)
         self.unknown = None if task.src_mask is None else kept.generated(task.src_mask)
 
+    @cached_property
+    def judge(self) -> Judge | None:
+        return None if self.task.scene is None else Judge(Clip(self.task.scene))
+
     def __call__(self, frames: np.ndarray) -> Values:
-        """``frames`` uint8 ``[T, H, W, 3]`` like the task's video; ``InputError`` otherwise."""
-        check_pair(frames, self.task.video)
-        masks, foreground = self.judge.masks(frames)
+        """``frames`` uint8 ``[T, H, W, 3]`` like the task's video (or its source); ``InputError`` otherwise."""
+        like = self.task.src_video if self.task.video is None else self.task.video
+        if like is None:
+            check_clip(frames)
+        else:
+            check_pair(frames, like)
+        masks, content = None, {}
+        if self.judge is not None:
+            masks, foreground = self.judge.masks(frames)
+            content = self._content(self.judge.weigh(frames, masks, foreground))
         return {
             **dict.fromkeys(METRICS),
-            **self._content(self.judge.weigh(frames, masks, foreground)),
+            **content,
             **self._control(frames, masks),
             **self._kept(frames),
             **self._identity(frames, masks),
@@ -89,15 +122,21 @@ class Measurer:
 
     @cached_property
     def _wanted_motion(self) -> float | None:
-        return motion.motion_amount(self.task.video)
+        return None if self.task.video is None else motion.motion_amount(self.task.video)
+
+    @property
+    def _truth(self) -> np.ndarray:
+        if self.task.video is None:
+            raise InputError("of this task no truth is known, and so no reference points either")
+        return self.task.video
 
     def ceiling(self) -> Values:
         """What the truth gets."""
-        return self(self.task.video)
+        return self(self._truth)
 
     def floor(self, other: np.ndarray | None) -> Values:
         """What deserves nothing gets; ``other`` is the truth of another clip of the task, if there is one."""
-        truth = self.task.video
+        truth = self._truth
         strange = {} if other is None else self(other)
         pasted = None if other is None or self.unknown is None else np.where(self.unknown[..., None], other, truth)
         values = {
@@ -130,7 +169,7 @@ class Measurer:
             "place_error": _mean(verdict.things, lambda thing: thing.place_error),
         }
 
-    def _control(self, frames: np.ndarray, masks: np.ndarray) -> Values:
+    def _control(self, frames: np.ndarray, masks: np.ndarray | None) -> Values:
         given, where = self.task.src_video, self.unknown
         if given is None:
             return {}
@@ -139,22 +178,23 @@ class Measurer:
                 return {"scribble_f1": control.scribble_f1(frames, given, where)}
             case "depth":
                 return {"depth_edges": control.depth_edges(frames, given, where)}
-            case "flow":
+            case "flow" if self.task.scene is not None:  # others paint flow in other colours
                 return {"flow_control_error": control.flow_control_error(frames, given, where)}
             case "gray":
                 error, likeness = control.gray_error, control.gray_ssim
                 return {"gray_error": error(frames, given, where), "gray_ssim": likeness(frames, given, where)}
-            case "pose":
-                return {"skeleton_overlap": self._skeleton(masks)}
-            case "layout":
-                return {"box_overlap": control.box_overlap(masks, self.clip.boxes)}
+            case "pose" if self.judge is not None and masks is not None:
+                return {"skeleton_overlap": self._skeleton(self.judge.clip, masks)}
+            case "layout" if self.judge is not None and masks is not None:
+                return {"box_overlap": control.box_overlap(masks, self.judge.clip.boxes)}
         return {}
 
-    def _skeleton(self, masks: np.ndarray) -> float | None:
+    @staticmethod
+    def _skeleton(clip: Clip, masks: np.ndarray) -> float | None:
         """Of all people together, against limbs drawn anew: in a source they may lie on grey."""
-        people = [i for i, thing in enumerate(self.task.scene.things) if thing.shape == "person"]
-        size = max(self.task.scene.things[i].radius for i in people) * self.task.scene.unit
-        return control.skeleton_overlap(masks[people].max(axis=0), self.clip.pose, 0.24 * size)
+        people = [i for i, thing in enumerate(clip.scene.things) if thing.shape == "person"]
+        size = max(clip.scene.things[i].radius for i in people) * clip.scene.unit
+        return control.skeleton_overlap(masks[people].max(axis=0), clip.pose, 0.24 * size)
 
     def _kept(self, frames: np.ndarray) -> Values:
         source, mask = self.task.src_video, self.unknown
@@ -166,11 +206,14 @@ class Measurer:
             "seam": kept.seam(frames, mask, self.task.video),
         }
 
-    def _identity(self, frames: np.ndarray, masks: np.ndarray) -> Values:
-        scores = [
-            identity.reference_similarity(reference, frames, masks[thing])
-            for thing, reference in zip(self.task.things, self.task.references, strict=False)
-        ]
+    def _identity(self, frames: np.ndarray, masks: np.ndarray | None) -> Values:
+        if masks is None:
+            scores = [identity.reference_similarity(reference, frames) for reference in self.task.references]
+        else:
+            scores = [
+                identity.reference_similarity(reference, frames, masks[thing])
+                for thing, reference in zip(self.task.things, self.task.references, strict=False)
+            ]
         colour, gradient = (_mean(scores, lambda score, k=k: score[k]) for k in (0, 1))
         return {"reference_colour": colour, "reference_gradient": gradient}
 
@@ -183,10 +226,11 @@ class Measurer:
         return {"motion_ratio": ratio, "motion_jerk": jerk, "flicker": flicker}
 
     def _picture(self, frames: np.ndarray) -> Values:
+        truth = self.task.video
         drifts = {"brightness_drift": picture.brightness_drift, "saturation_drift": picture.saturation_drift}
-        values: Values = {"sharpness": picture.sharpness(frames, self.task.video)}
+        values: Values = {"sharpness": None if truth is None else picture.sharpness(frames, truth)}
         for name, drift in drifts.items():
-            own, true = drift(frames), drift(self.task.video)
+            own, true = drift(frames), 0.0 if truth is None else drift(truth)
             values[name] = None if own is None or true is None else own - true
         return values
 

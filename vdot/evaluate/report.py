@@ -185,7 +185,7 @@ def tabulate(
     cells[ALL], _, _ = _task_table(rows, resamples, rng)
     known = [(scores[task][0], spread) for task, spread in zip(tasks, samples, strict=True)]
     total = np.mean([spread for _, spread in known], axis=0)
-    scores[ALL] = (float(np.mean([score for score, _ in known])), *_interval(total))
+    scores[ALL] = (float(np.mean([score for score, _ in known])), *interval(total))
     return Table(cells, scores, tuple(rows), dict(distances or {}))
 
 
@@ -210,13 +210,13 @@ def _task_table(
         if clear:
             groups.setdefault(metric.group, []).append(np.clip((own - low) / gap, 0, 1))
         cells[name] = Cell(
-            float(np.nanmean(values)), *_interval(means), int(np.isfinite(values).sum()),
+            float(np.nanmean(values)), *interval(means), int(np.isfinite(values).sum()),
             None if np.isnan(high) else float(high), None if np.isnan(low) else float(low), skill,
         )  # fmt: skip
     score = _score({name: cell.skill for name, cell in cells.items()})
     parts = [_means(np.stack(group, -1)) for group in groups.values()]
     spread = 100 * _means(np.stack(parts, -1)) if parts else np.full(resamples, np.nan)
-    return cells, (score, *_interval(spread)), spread
+    return cells, (score, *interval(spread)), spread
 
 
 def _column(rows: Sequence[Row], name: str, part: str) -> np.ndarray:
@@ -231,7 +231,7 @@ def _means(values: np.ndarray) -> np.ndarray:
     return np.where(count > 0, np.where(known, values, 0).sum(-1) / np.maximum(count, 1), np.nan)
 
 
-def _interval(samples: np.ndarray) -> tuple[float, float]:
+def interval(samples: np.ndarray) -> tuple[float, float]:
     """Percentiles of the resamples in which something was measured."""
     tail = 50 * (1 - LEVEL)
     known = samples[np.isfinite(samples)]
@@ -268,6 +268,15 @@ class Difference:
     n: int
 
 
+def paired(first: np.ndarray, second: np.ndarray, resamples: int, rng: np.random.Generator) -> Difference | None:
+    """Of ``first - second [n]``, nan where not measured; ``None`` if no pair was."""
+    gaps = (first - second)[np.isfinite(first - second)]
+    if not len(gaps):
+        return None
+    means = gaps[rng.integers(len(gaps), size=(resamples, len(gaps)))].mean(1)
+    return Difference(float(gaps.mean()), *interval(means), len(gaps))
+
+
 def compare(a: Table, b: Table, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Difference]:
     """Paired differences by metric, of the magnitudes where 0 is best; ``InputError`` unless the clips are the same."""
     if [(row.task, row.prompt) for row in a.rows] != [(row.task, row.prompt) for row in b.rows]:
@@ -278,8 +287,7 @@ def compare(a: Table, b: Table, resamples: int = RESAMPLES, seed: int = 0) -> di
         first, second = (_column(table.rows, name, "values") for table in (a, b))
         if metric.better == "zero":
             first, second = np.abs(first), np.abs(second)
-        gaps = (first - second)[np.isfinite(first - second)]
-        if len(gaps):
-            means = gaps[rng.integers(len(gaps), size=(resamples, len(gaps)))].mean(1)
-            out[name] = Difference(float(gaps.mean()), *_interval(means), len(gaps))
+        found = paired(first, second, resamples, rng)
+        if found is not None:
+            out[name] = found
     return out

@@ -121,12 +121,12 @@ class Board:
 class Queue:
     """Numbers ``0 .. count - 1``, each for the group of ranks that is free first, and what came of them.
 
-    All ranks of a group see the same numbers.
+    All ranks of a group see the same numbers. Several queues of one run need a name each.
     """
 
-    def __init__(self, ranks: Ranks, count: int) -> None:
+    def __init__(self, ranks: Ranks, count: int, name: str = "vdot-queue") -> None:
         self.ranks, self.count = ranks, count
-        self.board = Board("vdot-queue") if ranks.world > 1 else None
+        self.board = Board(name) if ranks.world > 1 else None
         self.results: dict[int, Any] = {}
         self._taken = 0
 
@@ -159,6 +159,15 @@ class Queue:
             else:
                 results.append(json.loads(text))
         return results
+
+    def close(self) -> None:
+        """All ranks go on together once the first one is here, which it is after :meth:`collect`: all work is done."""
+        if self.board is None:
+            return
+        if self.ranks.rank == 0:
+            self.board.write("closed", "1")
+        while self.board.read("closed") is None:
+            time.sleep(BEAT)
 
 
 class Watchdog(threading.Thread):

@@ -80,6 +80,20 @@ def remove_leftovers(folder: str | os.PathLike[str]) -> None:
                 os.unlink(entry.path)
 
 
+def bad_name(value: Any, added: str = "") -> str | None:
+    """Why ``value`` cannot name a file (``<value><added>``) or a folder on every file system; None if it can."""
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        return "it must be text"
+    name = str(value)
+    if not name or name != name.strip() or name.startswith(".") or name.endswith("."):
+        return "it is empty, or begins or ends with a dot or a space"
+    if any(c in '/\\:*?"<>|' or not c.isprintable() for c in name):
+        return 'it holds one of / \\ : * ? " < > | or an invisible character'
+    if added and name.lower().endswith(added):
+        return f"leave out {added}, it is added"
+    return "it is longer than 200 bytes" if len(name.encode()) > 200 else None
+
+
 def write_image(path: str | os.PathLike, array: np.ndarray) -> None:
     """uint8 ``[H,W,3]``, ``[H,W,4]`` or ``[H,W]`` -> PNG, whatever the suffix.
 

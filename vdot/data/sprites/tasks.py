@@ -11,7 +11,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from vdot.conditioning import UNKNOWN_GREY
+from vdot.conditioning import UNKNOWN_GREY, as_mask, hide
 from vdot.data.sprites.captions import caption
 from vdot.data.sprites.draw import draw_scene, draw_thing, hidden_colours, pick
 from vdot.data.sprites.layers import garment_picture, portrait
@@ -136,8 +136,7 @@ NOTHING: Source = (None, None)
 def keep(frames: np.ndarray, kept: np.ndarray, filler: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Source and mask that show ``frames`` where ``kept`` (to ``[T, H, W]``) and ``filler`` (grey) elsewhere."""
     kept = np.broadcast_to(kept, frames.shape[:3])
-    unknown = np.uint8(UNKNOWN_GREY) if filler is None else filler
-    return np.where(kept[..., None], frames, unknown), np.where(kept, 0, 255).astype(np.uint8)
+    return hide(frames, ~kept, filler), as_mask(~kept)
 
 
 def control_picture(clip: Clip, control: str) -> np.ndarray:
