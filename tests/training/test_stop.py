@@ -86,7 +86,7 @@ def test_a_lost_rank_still_ends_all_with_one_message(outcomes):
     outcome = outcomes["lost"]
     assert outcome["codes"] == [1, -signal.SIGKILL] and outcome["saved"] is None
     assert outcome["errors"].count("error: rank 1") == 1 and "was killed" in outcome["errors"]
-    assert outcome["seconds"] < 5
+    assert outcome["seconds"] < 60  # not the minutes of a collective that waits
 
 
 @pytest.mark.slow
