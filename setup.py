@@ -34,6 +34,7 @@ EXTRAS = {
     "eval": ["scipy>=1.12", "scikit-image>=0.24", "matplotlib>=3.8"],
     "dev": [
         "pytest>=8",
+        "pytest-xdist>=3.6",
         "hypothesis>=6.100",
         "ruff>=0.9",
         "mypy>=1.13",

@@ -9,5 +9,6 @@ cd "$ROOT"
 ruff check .
 ruff format --check .
 mypy
-# Two threads at most: more only fight over the small tensors of the tests.
-OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" python -m pytest "$@"
+# Files of tests go to two processes of one thread each: the tests' tensors are too small for more threads.
+processes="$(python -c 'import os; print(min(2, os.cpu_count() or 1))')"
+OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" python -m pytest -n "${VDOT_TEST_PROCESSES:-$processes}" --dist loadfile "$@"

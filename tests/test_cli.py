@@ -520,7 +520,7 @@ def test_ctrl_c_while_sampling_leaves_nothing(tmp_path):
         if line.startswith("encode condition"):
             break
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 130 and "sample  " not in out
     assert err == "interrupted: nothing half-written is left\n" and os.listdir(tmp_path) == []
 
@@ -534,7 +534,7 @@ def test_from_a_bare_environment(tmp_path):
     assert process.stdout.readline().startswith(f"checkpoint {TINY} (the small model")
     process.stdout.close()
     err = process.stderr.read()
-    process.wait(timeout=120)
+    process.wait(timeout=600)
     assert "Traceback" not in err and sorted(os.listdir(tmp_path / "日本")) == ["out_video.mp4", "run.json"]
 
 

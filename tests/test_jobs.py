@@ -301,7 +301,7 @@ def test_resumption_after_a_kill(cli, tmp_path):
         if encoded == 2:
             break
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.communicate(timeout=600)
     assert process.returncode == -signal.SIGKILL
     assert sorted(os.listdir(folder)) == ["one", "one.mp4", *(["two"] if (folder / "two").exists() else [])]
 

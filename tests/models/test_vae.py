@@ -41,13 +41,13 @@ def library(vae: WanVAE) -> AutoencoderKLWan:
 def library_encode(vae: WanVAE, video: torch.Tensor) -> torch.Tensor:
     config = vae.model.config
     mean, std = (torch.tensor(x).view(1, -1, 1, 1, 1) for x in (config.latents_mean, config.latents_std))
-    return (library(vae).encode(video).latent_dist.mode() - mean) / std
+    return (library(vae).encode(video.to(vae.dtype)).latent_dist.mode() - mean) / std
 
 
 def library_decode(vae: WanVAE, latents: torch.Tensor) -> torch.Tensor:
     config = vae.model.config
     mean, std = (torch.tensor(x).view(1, -1, 1, 1, 1) for x in (config.latents_mean, config.latents_std))
-    return library(vae).decode(latents * std + mean).sample
+    return library(vae).decode((latents * std + mean).to(vae.dtype)).sample
 
 
 def random_video(*shape: int) -> torch.Tensor:
@@ -223,6 +223,37 @@ def test_channels_last_is_the_same_function(vae: WanVAE) -> None:
     latents = vae.encode(video)
     assert gap(packed.encode(video), latents) < ROUNDING
     assert gap(packed.decode(latents), vae.decode(latents)) < ROUNDING
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layers compute as they do on CUDA, with the CPU's kernels."""
+    monkeypatch.setattr(module, "_plain_cpu", lambda x: False)
+    monkeypatch.setattr(module, "_on_gpu", lambda x: True)
+
+
+@pytest.mark.parametrize("laid_out", [False, True])
+def test_the_layers_of_a_gpu_equal_diffusers(vae: WanVAE, as_on_a_gpu: None, laid_out: bool) -> None:
+    video = random_video(1, 3, 9, 32, 24)
+    own = copy.deepcopy(vae).channels_last() if laid_out else vae
+    latents = own.encode(video)
+    assert gap(latents, library_encode(vae, video)) < ROUNDING
+    assert gap(own.decode(latents), library_decode(vae, latents)) < ROUNDING
+    assert gap(own.decode(latents, tiled=True), library_decode(vae, latents)) < ROUNDING
+
+
+def test_the_layers_of_a_gpu_round_no_worse_than_diffusers(vae: WanVAE, as_on_a_gpu: None) -> None:
+    """bfloat16: as near to the library's float32 result as the library's own, give or take a tenth of that."""
+    video = random_video(1, 3, 9, 32, 24)
+    half = copy.deepcopy(vae).to(torch.bfloat16).channels_last()
+    latents = library_encode(vae, video)
+    pixels = library_decode(vae, latents)
+
+    def off(found: torch.Tensor, exact: torch.Tensor) -> float:
+        return ((found.float() - exact).norm() / exact.norm()).item()
+
+    assert 0 < off(half.encode(video), latents) < 1.1 * off(library_encode(half, video), latents)
+    assert 0 < off(half.decode(latents), pixels) < 1.1 * off(library_decode(half, latents), pixels)
 
 
 def test_gradients_flow_when_enabled(vae: WanVAE) -> None:

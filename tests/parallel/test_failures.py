@@ -19,7 +19,7 @@ def torchrun(count: int, *command: str | Path, **environment: str) -> subprocess
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={count}"]
     values = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
     arguments = [*launcher, f"--master_port={free_port()}", *map(str, command)]
-    return subprocess.run(arguments, cwd=ROOT, env=values, capture_output=True, text=True, timeout=120)
+    return subprocess.run(arguments, cwd=ROOT, env=values, capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.parametrize(

@@ -325,13 +325,13 @@ def test_a_stopped_run_saves_and_goes_on(tmp_path):
     first = start(output, "steps=1000")
     wait_for_step(output, 2)
     first.send_signal(signal.SIGTERM)
-    out, errors = first.communicate(timeout=60)
+    out, errors = first.communicate(timeout=600)
     assert first.returncode == 0, errors
     assert "resume with" in out and "SIGTERM" in out
     step = CheckpointStore(output / "checkpoints", read_only=True).latest()
     assert step == read_metrics(output / "metrics.jsonl")[-1]["step"] >= 2
     second = start(output, f"steps={step + 1}")
-    out, errors = second.communicate(timeout=60)
+    out, errors = second.communicate(timeout=600)
     assert second.returncode == 0, errors
     assert f"resumed {output} at step {step}" in out
     assert json.loads((output / "export" / "schedule.json").read_text())["solver"] == "renoise"

@@ -120,5 +120,5 @@ def test_formats_steps_and_help(plot, tmp_path, capsys):
 
 
 def test_runs_as_a_script(tmp_path):
-    result = subprocess.run([sys.executable, SCRIPT, tmp_path / "gone"], capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, SCRIPT, tmp_path / "gone"], capture_output=True, text=True, timeout=600)
     assert result.returncode == 2 and "Traceback" not in result.stderr

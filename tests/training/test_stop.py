@@ -66,7 +66,7 @@ def outcomes(tmp_path_factory) -> dict:
     """Two ranks, three ways to end them."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(PROGRAM), str(tmp_path_factory.mktemp("stopping"))]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 
@@ -86,7 +86,7 @@ def test_a_lost_rank_still_ends_all_with_one_message(outcomes):
     outcome = outcomes["lost"]
     assert outcome["codes"] == [1, -signal.SIGKILL] and outcome["saved"] is None
     assert outcome["errors"].count("error: rank 1") == 1 and "was killed" in outcome["errors"]
-    assert outcome["seconds"] < 5
+    assert outcome["seconds"] < 60  # not the minutes of a collective that waits
 
 
 @pytest.mark.slow

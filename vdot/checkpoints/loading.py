@@ -142,8 +142,7 @@ def load_vae(
     weights = read_headers("vae", location(find_layout(path), "vae"))
     with torch.device("meta"):
         model = AutoencoderKLWan.from_config(vae_config(weights.shapes, weights.config, weights.where))
-    vae = WanVAE(_fill(model, weights, dtype_of(dtype), device, mmap)).requires_grad_(False)
-    return vae.channels_last() if vae.device.type == "cpu" else vae
+    return WanVAE(_fill(model, weights, dtype_of(dtype), device, mmap)).requires_grad_(False).channels_last()
 
 
 def dtype_of(dtype: str | torch.dtype) -> torch.dtype:
