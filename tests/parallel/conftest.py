@@ -49,7 +49,7 @@ class Pool:
         self.workers: list[tuple[Any, Any]] = []
         self.port, self.size = 0, 0
 
-    def run(self, size: int, function: Callable, *args: Any, seconds: float = 90) -> list[Any]:
+    def run(self, size: int, function: Callable, *args: Any, seconds: float = 600) -> list[Any]:
         """What ``function(*args)`` returned on each rank; it lives in an importable module."""
         if size != self.size:
             # A new port each time: a smaller world leaves processes behind in the old one.

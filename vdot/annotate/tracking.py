@@ -2,7 +2,8 @@
 
 The thing as the first frame shows it is looked for in each frame: moved, turned, scaled. Where found, it is there, less
 what covers it; where not (it bends, or turns away), the last frame's picture of it is looked for instead. GrabCut
-then draws the edge. On the procedural world the mean overlap is 0.9; a network is better with people and clutter.
+then draws the edge. On the procedural world the mean overlap is 0.92 (median 0.96) for what stays in plain sight, 0.72
+for what others pass in front of; a network is better with people and clutter.
 """
 
 from collections.abc import Callable, Sequence
