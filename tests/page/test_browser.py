@@ -167,13 +167,13 @@ def test_each_preset_once(wide, visit, preset):
 @pytest.mark.slow
 def test_cancel_stops_at_the_next_step(wide, visit):
     tab = visit(wide, login=None)
-    begin(tab, 400)
-    status(tab, r"Step [2-9] of 400")
+    begin(tab, 900)
+    status(tab, r"Step \d+ of 900")
     assert tab.locator("#vdot-emerging img").evaluate("image => image.naturalWidth") > 0
     tab.locator("#vdot-cancel").click()
     started = time.monotonic()
     status(tab, r"Cancelled\.")
-    assert time.monotonic() - started < MINUTES / 2  # 400 steps would take longer
+    assert time.monotonic() - started < 30  # of steps of a tenth of a second; 900 of them would take longer
     set_value(tab, "steps", "2")
     assert generate(tab).startswith("Done in")
 
@@ -181,10 +181,10 @@ def test_cancel_stops_at_the_next_step(wide, visit):
 @pytest.mark.slow
 def test_a_reload_finds_its_video_again(wide, visit):
     tab = visit(wide, login=None)
-    begin(tab, 60)
-    status(tab, r"Step \d+ of 60")
+    begin(tab, 500)
+    status(tab, r"Step \d+ of 500")
     tab.reload()
-    status(tab, r"Step \d+ of 60")
+    status(tab, r"Step \d+ of 500")
     status(tab, "Done in")
     assert playing(tab, "result") > 1
     tab.reload()
@@ -259,7 +259,7 @@ def test_twenty_clients_at_once(wide, monkeypatch):
 def test_others_in_the_queue_are_counted(wide, visit):
     tabs = [visit(wide, login=None) for _ in range(3)]
     for tab in tabs:
-        begin(tab, 40)
+        begin(tab, 300)
         status(tab, r"Step|queue")
     assert status(tabs[2], r"[12] before you in the queue")
     for tab in tabs:
