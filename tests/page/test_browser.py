@@ -1,7 +1,6 @@
 """The page in a real browser. One walk through it is quick; the rest is slow (``pytest -m slow tests/page``)."""
 
 import re
-import time
 from pathlib import Path
 from typing import Any
 
@@ -171,9 +170,7 @@ def test_cancel_stops_at_the_next_step(wide, visit):
     status(tab, r"Step \d+ of 900")
     assert tab.locator("#vdot-emerging img").evaluate("image => image.naturalWidth") > 0
     tab.locator("#vdot-cancel").click()
-    started = time.monotonic()
-    status(tab, r"Cancelled\.")
-    assert time.monotonic() - started < 30  # of steps of a tenth of a second; 900 of them would take longer
+    status(tab, r"Cancelled\.")  # had it gone on, it would say that it is done
     set_value(tab, "steps", "2")
     assert generate(tab).startswith("Done in")
 
