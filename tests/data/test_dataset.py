@@ -397,4 +397,4 @@ def test_a_source_is_opened_as_the_config_says(encoded, encoder, monkeypatch, sa
     with pytest.raises(ConfigError, match="no training table"):
         open_source(DataConfig(), TINY, CPU)
     with pytest.raises(ConfigError, match="size"):
-        open_source(DataConfig(encoded=str(folder), size="64*64"), TINY, CPU)
+        open_source(DataConfig(encoded=str(folder), size="128*128"), TINY, CPU)
