@@ -8,39 +8,14 @@ Per task: the source at three times (what a mask lets change is framed in red), 
 import argparse
 from pathlib import Path
 
-import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from vdot.data.sprites import TASKS, TaskClip, draw_task
+from vdot.data.sprites.look import framed_source, reference_cell
 from vdot.video import atomic_path
 
 CELL, GAP, LABEL, HEAD = 64, 3, 122, 22
-MARK = (255, 48, 48)
-
-
-def source_cells(made: TaskClip, times: list[int]) -> list[np.ndarray]:
-    """Frames of the source, the mask's white areas framed; blank where there is no source."""
-    if made.src_video is None:
-        return [np.full((CELL, CELL, 3), 245, np.uint8)] * len(times)
-    cells = [made.src_video[t].copy() for t in times]
-    for cell, t in zip(cells, times, strict=True):
-        if made.src_mask is not None:
-            outlines, _ = cv2.findContours(made.src_mask[t], cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-            cv2.drawContours(cell, outlines, -1, MARK, 1)
-    return cells
-
-
-def reference_cell(made: TaskClip) -> np.ndarray:
-    """The references side by side in one cell."""
-    cell = np.full((CELL, CELL, 3), 255, np.uint8)
-    if len(made.references) == 1:
-        return made.references[0]
-    for i, picture in enumerate(made.references[:4]):
-        half = CELL // 2
-        top, left = i // 2 * half, i % 2 * half
-        cell[top : top + half, left : left + half] = cv2.resize(picture, (half, half), interpolation=cv2.INTER_AREA)
-    return cell
 
 
 def row(made: TaskClip) -> np.ndarray:
@@ -49,7 +24,7 @@ def row(made: TaskClip) -> np.ndarray:
         times[0], times[2] = 0, len(made.video) - 1
     elif made.src_mask is not None and made.control:
         times[0] = 0
-    cells = [*source_cells(made, times), reference_cell(made), *(made.video[t] for t in times)]
+    cells = [*framed_source(made)[times], reference_cell(made), *made.video[times]]
     return np.concatenate([np.pad(cell, ((0, GAP), (0, GAP), (0, 0)), constant_values=255) for cell in cells], 1)
 
 

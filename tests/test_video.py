@@ -38,6 +38,7 @@ from vdot.video import (
     read_image,
     read_mask,
     to_model,
+    write_gif,
     write_image,
     write_video,
 )
@@ -866,6 +867,22 @@ def test_contact_sheet(tmp_path: Path) -> None:
     assert sheet.shape[1] == 4 * 212 + 4 and sheet.std() > 20
     with pytest.raises(InputError):
         contact_sheet([], tmp_path / "none.png")
+
+
+def test_gif_plays_what_it_was_given(tmp_path: Path) -> None:
+    from PIL import Image
+
+    colours = np.array([[255, 0, 0], [0, 200, 0], [0, 0, 255], [240, 240, 20]], np.uint8)
+    frames = np.broadcast_to(colours[:, None, None], (4, 24, 40, 3))
+    write_gif(tmp_path / "new" / "clip.gif", frames, fps=20)
+    animation = Image.open(tmp_path / "new" / "clip.gif")
+    assert (animation.n_frames, animation.size, animation.info["duration"]) == (4, (40, 24), 50)
+    for i, frame in enumerate(frames):
+        animation.seek(i)
+        np.testing.assert_allclose(np.asarray(animation.convert("RGB")), frame, atol=4)  # four colours fit a palette
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError):
+        write_gif(tmp_path / "file" / "clip.gif", frames, 8)
 
 
 # --- real clips ------------------------------------------------------------------------------------------------------

@@ -92,6 +92,20 @@ def test_grey_has_finite_gradients():
     assert all(torch.isfinite(p.grad).all() for p in network.parameters())
 
 
+def test_compiled_norms_are_the_same_function(autoencoder):
+    """Values and gradients, to float32 rounding."""
+    pixels = torch.rand(1, 3, 1, 16, 16, generator=torch.Generator().manual_seed(3)) * 2 - 1
+    made, gradients = [], []
+    for compiled in (False, True):
+        network = WholeClipVAE(copy_of(autoencoder), compiled)
+        made.append(network.decode(network.encode(pixels)[0]))
+        made[-1].square().mean().backward()
+        # A picture has no past: its share of the kernels that look back has no gradient.
+        gradients.append(torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None]))
+    torch.testing.assert_close(made[1], made[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-5 * gradients[0].abs().max().item())
+
+
 def test_a_new_autoencoder_keeps_variances():
     """What the start is for: latents of unit order, noise below them, pixels that depend on the latents."""
     model = AutoencoderKLWan(base_dim=8)

@@ -5,6 +5,8 @@ Two things remain of the pieces: the first frame makes a latent frame of its own
 frame rate leave it alone; and doubling starts with zeros before the second latent frame, not with the first.
 """
 
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -35,9 +37,23 @@ class _CausalConv3d(WanCausalConv3d):
 class _RMSNorm(WanRMS_norm):
     """Over channels: norms in float32, everything of the picture's size in the input's own type."""
 
+    compiled = False  # forward and backward in one pass over the pixels each: half of a training step goes into these
+
     def forward(self, x: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
-        return x * (self.scale / (norm + TINIEST)).to(x.dtype) * self.gamma.to(x.dtype)
+        return (_compiled() if self.compiled else normalise)(x, self.gamma, self.scale)
+
+
+def normalise(x: Tensor, gamma: Tensor, scale: float) -> Tensor:
+    """``x`` over its norm over channels, times ``gamma scale``."""
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
+    return x * (scale / (norm + TINIEST)).to(x.dtype) * gamma.to(x.dtype)
+
+
+@lru_cache(maxsize=1)
+def _compiled() -> Callable[..., Tensor]:
+    # A program for every shape, and an autoencoder has many; the default limit falls back to eager in silence.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    return torch.compile(normalise, dynamic=False)
 
 
 class _Resample(WanResample):
@@ -66,16 +82,19 @@ WHOLE: dict[type, type] = {WanCausalConv3d: _CausalConv3d, WanRMS_norm: _RMSNorm
 class WholeClipVAE(nn.Module):
     """``encode`` and ``decode`` between pixels in [-1, 1] and latents that are not normalised, with gradients.
 
-    ``model`` is changed in place: the same parameters under the same names.
+    ``model`` is changed in place: the same parameters under the same names. ``compile`` puts the norms, and nothing
+    else, through torch.compile: the convolutions are the library's, and compiling around them gained nothing.
     """
 
-    def __init__(self, model: AutoencoderKLWan) -> None:
+    def __init__(self, model: AutoencoderKLWan, compile: bool = False) -> None:
         super().__init__()
         self.model = cast(Any, model)  # the library's modules carry no type hints
         for module in self.model.modules():
             module.__class__ = WHOLE.get(type(module), type(module))
             if isinstance(module, nn.Conv3d):
                 module.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+            if compile and isinstance(module, _RMSNorm):
+                module.compiled = True
 
     def encode(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """``video [B, 3, 4k+1, H, W]`` -> the posterior's mean and log variance, each ``[B, z, k+1, H/8, W/8]``."""

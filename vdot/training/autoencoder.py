@@ -48,7 +48,7 @@ class Autoencoder(WholeNetwork):
         vae = config.vae
         self.feeder = PictureFeeder(config.world, vae.stages, vae.conditions, self.everyone.rank, self.everyone.size)
         with ranks.agree():
-            self.network = WholeClipVAE(initial(config)).to(device).train()
+            self.network = WholeClipVAE(initial(config), config.parallel.compile).to(device).train()
         self.optimize(dict(self.network.model.named_parameters()))
         self._held: list[Held] | None = None
 

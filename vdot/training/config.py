@@ -50,7 +50,7 @@ class ParallelConfig:
     compute: str = "bfloat16"  # type of the matrix products; master weights and reductions are float32
     tf32: bool = False  # with compute float32: products in TensorFloat-32 where the GPU has it
     recompute: str = "full"  # of activations in the backward pass: none | selective (attention is kept) | full
-    compile: bool = False  # torch.compile of the blocks
+    compile: bool = False  # torch.compile of the blocks; of the autoencoder's norms
     sync_each: bool = False  # reduce gradients after each micro batch: less memory, more communication
 
 

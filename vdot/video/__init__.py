@@ -5,7 +5,7 @@ Pixels are uint8 RGB ``[T,H,W,3]`` in 0..255; the model's are float32 ``[3,T,H,W
 :class:`vdot.errors.InputError`; what the disk refuses raises :class:`vdot.errors.OutputError`.
 """
 
-from vdot.video.output import atomic_path, contact_sheet, write_image, write_video
+from vdot.video.output import atomic_path, contact_sheet, write_gif, write_image, write_video
 from vdot.video.pixels import fit_frames, from_model, letterbox, read_image, read_mask, to_model
 from vdot.video.plan import CELL, FramePlan, describe, model_frames, original_rule, output_size, plan_frames
 from vdot.video.source import VideoInfo, is_image, probe, read_frames
@@ -30,6 +30,7 @@ __all__ = [
     "read_image",
     "read_mask",
     "to_model",
+    "write_gif",
     "write_image",
     "write_video",
 ]

@@ -1,4 +1,4 @@
-"""Files out: video with sound, PNG, contact sheet. Each appears whole under its name or not at all."""
+"""Files out: video with sound, PNG, GIF, contact sheet. Each appears whole under its name or not at all."""
 
 import logging
 import os
@@ -241,6 +241,24 @@ def _place(target: np.ndarray, piece: np.ndarray, at: int) -> None:
 
 
 # --- looking at videos -----------------------------------------------------------------------------------------------
+
+
+def write_gif(path: str | os.PathLike, frames: np.ndarray, fps: float) -> None:
+    """uint8 ``[T, H, W, 3]`` -> an animation that plays in a loop wherever pictures are shown.
+
+    All frames share one palette of 256 colours, chosen for all of them: one for each would flicker.
+
+    Raises:
+        OutputError: not writable.
+    """
+    from PIL import Image
+
+    tall = Image.fromarray(np.ascontiguousarray(frames).reshape(-1, *frames.shape[2:]))
+    palette = tall.quantize(256, method=Image.Quantize.MEDIANCUT)
+    pictures = [Image.fromarray(np.ascontiguousarray(frame)).quantize(palette=palette) for frame in frames]
+    pause = max(20, round(1000 / fps))  # browsers slow down what is faster
+    with atomic_path(path) as temporary:
+        pictures[0].save(temporary, "GIF", save_all=True, append_images=pictures[1:], duration=pause, loop=0)
 
 
 def contact_sheet(
