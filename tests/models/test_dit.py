@@ -5,9 +5,10 @@ import json
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.conftest import recipe_tensor
-from vdot.models.attention import attention_backend, set_attention_backend
+from vdot.models.attention import attention_backend, sdpa, set_attention_backend
 from vdot.models.dit import EmbeddedText, padding_bias, sinusoid
 from vdot.models.presets import PRESETS, DitConfig
 from vdot.models.rope import apply_rope, rope_table
@@ -190,3 +191,24 @@ def test_flex_equals_sdpa():
     q, k, v = torch.randn(3, 1, 48, 2, 16).unbind(0)
     a, b = attention_backend("flex")(q, k, v, None), attention_backend("sdpa")(q, k, v, None)
     torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_attention_that_trains_on_a_cpu_is_the_same_function(biased):
+    """Plain products where gradients are needed, PyTorch's kernel where not: values and gradients to rounding."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, length, 3, 8, generator=generator).requires_grad_() for length in (7, 9, 9))
+    bias = torch.zeros(2, 1, 1, 9) if biased else None
+    if bias is not None:
+        bias[1, ..., 5:] = float("-inf")
+    weights = torch.randn(2, 7, 3, 8, generator=generator)
+    made = sdpa(q, k, v, bias)
+    swap = [x.detach().transpose(1, 2).requires_grad_() for x in (q, k, v)]
+    with sdpa_kernel(SDPBackend.MATH):
+        want = torch.nn.functional.scaled_dot_product_attention(*swap, attn_mask=bias).transpose(1, 2)
+        theirs = torch.autograd.grad((want * weights).sum(), swap)
+    with torch.no_grad():
+        torch.testing.assert_close(sdpa(q, k, v, bias), made, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(made, want, rtol=1e-5, atol=1e-6)
+    for ours, other in zip(torch.autograd.grad((made * weights).sum(), (q, k, v)), theirs, strict=True):
+        torch.testing.assert_close(ours, other.transpose(1, 2), rtol=1e-5, atol=1e-6)

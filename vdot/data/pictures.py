@@ -39,7 +39,11 @@ class Stage:
 
 @dataclass(frozen=True)
 class Pictures:
-    """``pixels [B, 3, T, H, W]`` in [-1, 1], float32; ``number`` of the batch in the run."""
+    """``pixels [B, 3, T, H, W]`` in [-1, 1]; ``number`` of the batch in the run.
+
+    Drawn in half precision (an error of a sixteenth of a grey level), which is what comes from other processes, and
+    float32 from :meth:`to` on.
+    """
 
     pixels: Tensor
     number: int
@@ -48,7 +52,7 @@ class Pictures:
         return len(self.pixels)
 
     def to(self, device: torch.device) -> "Pictures":
-        return replace(self, pixels=self.pixels.to(device, non_blocking=True))
+        return replace(self, pixels=self.pixels.to(device, non_blocking=True).float())
 
 
 def draw_clip(world: WorldConfig, number: int, frames: int, condition: bool) -> Tensor:
@@ -129,7 +133,7 @@ class PictureFeeder:
         count = max(1, stage.clips // self.ranks * max(stage.lengths) // frames)
         first = number * self.most + self.rank * count
         clips = [self._clip(first + i, frames, stage.crop) for i in range(count)]
-        return Pictures(torch.stack(clips), number)
+        return Pictures(torch.stack(clips).half(), number)
 
     def _clip(self, number: int, frames: int, crop: int) -> Tensor:
         # Spread evenly over the clips of the run, whatever a batch has room for.

@@ -17,10 +17,25 @@ from torch import Tensor, nn
 AttentionFn = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
+# Scores per head up to which a CPU trains faster by plain products: the fused backward pass there is several times
+# slower than they are (measured on a training step of the tiny model: benchmarks/RESULTS.md).
+FEW_SCORES = 512 * 512
+
+
 def sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     """PyTorch's scaled dot-product attention: the default everywhere, and what a biased call always uses."""
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=bias)
-    return out.transpose(1, 2)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if q.device.type == "cpu" and q.requires_grad and q.shape[2] * k.shape[2] <= FEW_SCORES:
+        return _products(q, k, v, bias).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
+
+
+def _products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """``softmax(q k^T / sqrt(D) + bias) v``, ``[B, N, L, D]`` each, the softmax in float32."""
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    if bias is not None:
+        scores = scores + bias
+    return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
 
 
 def _unbiased(kernel: Callable[[Tensor, Tensor, Tensor], Any]) -> AttentionFn:

@@ -81,6 +81,8 @@ def draw_task(seed: int, task: str | None = None, split: Split = "train", **opti
 
 def count_references(seed: int, task: str | None = None, split: Split = "train", **options: Any) -> int:
     """How many :func:`draw_task` would give, known without a picture: batches are planned by it."""
+    if task in TASKS and task not in NEEDS_SEVERAL:  # the task says it, whatever the scene
+        return int(task in WITH_REFERENCE)
     scene, task, _ = _task_scene(seed, task, split, options)
     if task == "r2v_several":
         return len(scene.things)
