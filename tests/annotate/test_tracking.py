@@ -42,10 +42,29 @@ def test_tracked_overlap_on_the_world():
 
 @pytest.mark.slow
 def test_tracked_overlap_on_many_scenes():
-    """Scenes that nothing was tuned on: 0.92 (median 0.96) for 42 things in plain sight, 0.72 for 13 not."""
-    found = scores(range(500, 540))
-    assert len(found) > 40 and found.mean() > 0.9 and np.median(found) > 0.95
-    assert scores(range(500, 540), hidden=True).mean() > 0.65
+    """Scenes that nothing was tuned on: 0.929 (median 0.948) for 42 things in plain sight, 0.865 for 13 not."""
+    plain, hidden = scores(range(500, 540)), scores(range(500, 540), hidden=True)
+    assert len(plain) > 40 and plain.mean() > 0.915 and np.median(plain) > 0.935
+    assert len(hidden) > 10 and hidden.mean() > 0.84
+    assert np.concatenate([plain, hidden]).mean() > 0.9  # 0.914
+
+
+def people(seeds: range) -> np.ndarray:
+    """Mean overlap of the person in each scene, in plain sight or not."""
+    found = []
+    for seed in seeds:
+        clip = render(draw_scene(seed, person=True))
+        mask = clip.masks == 1
+        tracked = track(clip.frames, mask[0])
+        found.append(np.mean([overlap(a, b) for a, b in zip(tracked[1:], mask[1:], strict=True)]))
+    return np.array(found)
+
+
+@pytest.mark.slow
+def test_tracked_overlap_of_people():
+    """16 people in scenes that nothing was tuned on: 0.773 (median 0.804)."""
+    found = people(range(520, 536))
+    assert found.mean() > 0.75 and np.median(found) > 0.78
 
 
 def test_what_leaves_behind_another_is_not_followed_into_it():

@@ -2,8 +2,9 @@
 
 The thing as the first frame shows it is looked for in each frame: moved, turned, scaled. Where found, it is there, less
 what covers it; where not (it bends, or turns away), the last frame's picture of it is looked for instead. GrabCut
-then draws the edge. On the procedural world the mean overlap is 0.92 (median 0.96) for what stays in plain sight, 0.72
-for what others pass in front of; a network is better with people and clutter.
+then draws the edge. So the thing is known roughly, and from where it is not the ground behind it. A second walk through
+the clip knows the ground: it sees where the first picture no longer fits, finds limbs by their colours, and keeps to
+its course while the thing is hidden.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +13,9 @@ from dataclasses import dataclass, replace
 import cv2
 import numpy as np
 
+from vdot.annotate.ground import Ground
 from vdot.annotate.masks import grow
+from vdot.annotate.plate import SEEN
 from vdot.annotate.salient import grab_cut
 
 Track = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -28,6 +31,8 @@ COURSE, TURN, SCALE = 60.0, 0.08, 2500.0
 GOOD = 300.0  # so well met that no other turn need be tried
 FOUND = 25.0  # levels, median: above, it is not the thing as it was
 HIDDEN = 60.0  # levels: something else is in front here
+HIDDEN_SHARE = 0.6  # of the last mask's area: where less is left, the thing is hidden rather than bent
+AGREE = 0.85  # overlap of two masks of it, one moved from the first frame, one by colours; below, colours are right
 BAND, EDGE_BAND = 0.15, 0.1  # of the thing's size, in which GrabCut may move the edge: of an old picture, of the first
 
 
@@ -49,36 +54,112 @@ def by_template() -> Track:
 
 def follow(frames: np.ndarray, mask: np.ndarray) -> np.ndarray:
     scale = min(MOST, SIZE / np.sqrt(mask.sum()))
-    small = [_resize(frame, scale) for frame in frames]
-    now = _resize_mask(mask, small[0].shape[:2])
+    small = np.stack([_resize(frame, scale) for frame in frames])
+    start = _resize_mask(mask, small.shape[1:3])
     out = np.zeros(frames.shape[:3], bool)
     out[0] = mask
-    if not now.any():  # a speck
+    if not start.any():  # a speck
         out[:] = mask
         return out
-    first, start = small[0].astype(np.float32), now
-    place = _Place(0.0, 1.0, _centre(now))
-    speed, spin = np.zeros(2), 0.0
+    roughly = _walk(small, start)
+    found = _walk(small, start, Ground.behind(small, roughly, scale)) if len(frames) >= SEEN else roughly
     for t in range(1, len(frames)):
-        image = small[t].astype(np.float32)
-        expected = _Place(place.turn + spin, place.scale, place.centre + speed)
-        found = _search(first, start, image, expected)
-        body = _seen(first, start, image, found)
-        if body is not None:
-            spin, reach = (found.turn - place.turn) / 2, EDGE_BAND
-        else:
-            before = small[t - 1].astype(np.float32)
-            step = _search(before, now, image, _Place(0.0, 1.0, _centre(now) + speed), finely=False)
-            found = replace(step, turn=place.turn + step.turn, scale=place.scale * step.scale)
-            body, spin, reach = _warp_mask(now, step), 0.0, BAND
-        if not body.any():
-            break
-        now = redraw(small[t], body, reach * np.sqrt(body.sum()), 0.75 if reach == EDGE_BAND else 0.6)
-        if reach == EDGE_BAND:
-            found = _as_drawn(found, body, now)
-        speed, place = found.centre - place.centre, found
-        out[t] = _full_size(frames[t], now, scale)
+        if found[t].any():
+            out[t] = _full_size(frames[t], found[t], scale)
     return out
+
+
+@dataclass(frozen=True)
+class _State:
+    """What is known after a frame: where the thing is, how it moves, and the last picture and mask that showed it."""
+
+    place: _Place
+    picture: np.ndarray
+    mask: np.ndarray
+    speed: np.ndarray
+    spin: float = 0.0
+
+
+def _walk(small: np.ndarray, start: np.ndarray, ground: Ground | None = None) -> np.ndarray:
+    """From frame to frame: uint8 ``[T, H, W, 3]``, bool ``[H, W]`` in the first -> bool ``[T, H, W]``."""
+    out = np.zeros(small.shape[:3], bool)
+    out[0] = start
+    first = small[0].astype(np.float32)
+    state = _State(_Place(0.0, 1.0, _centre(start)), first, start, np.zeros(2))
+    for t in range(1, len(small)):
+        met = _as_first(first, start, small[t], state, t, ground)
+        if met is None:
+            met = _as_last(small[t], state) if ground is None else _by_colours(small[t], state, t, ground)
+        out[t], state = met
+        if not state.mask.any():
+            break
+    return out
+
+
+def _as_first(
+    first: np.ndarray, start: np.ndarray, frame: np.ndarray, state: _State, t: int, ground: Ground | None
+) -> tuple[np.ndarray, _State] | None:
+    """The thing as the first frame shows it, moved; None where that is not what is there."""
+    image, last = frame.astype(np.float32), state.place
+    found = _search(first, start, image, replace(last, turn=last.turn + state.spin, centre=last.centre + state.speed))
+    body = _seen(first, start, image, found)
+    if body is None or not body.any():
+        return None
+    if ground is not None and ground.shines_through(t, image, _warp_mask(start, found)):
+        return None
+    mask = redraw(frame, body, EDGE_BAND * np.sqrt(body.sum()), 0.75)
+    found = _as_drawn(found, body, mask)
+    if ground is not None:
+        told = ground.tell(t, image, body)
+        if told.any() and _overlap(told, mask) < AGREE and ground.knows(t, told ^ mask):  # a limb has moved
+            mask = told
+    return mask, _State(found, image, mask, found.centre - last.centre, (found.turn - last.turn) / 2)
+
+
+def _as_last(frame: np.ndarray, state: _State) -> tuple[np.ndarray, _State]:
+    """The thing as the last frame showed it, moved."""
+    image, last = frame.astype(np.float32), state.place
+    step = _step(image, state)
+    moved = _warp_mask(state.mask, step)
+    mask = redraw(frame, moved, BAND * np.sqrt(moved.sum()), 0.6) if moved.any() else moved
+    place = replace(step, turn=last.turn + step.turn, scale=last.scale * step.scale)
+    return mask, _State(place, image, mask, place.centre - last.centre)
+
+
+def _by_colours(frame: np.ndarray, state: _State, t: int, ground: Ground) -> tuple[np.ndarray, _State]:
+    """What is near the last mask and neither ground nor something else; if too little of it is left, it is hidden.
+
+    A hidden thing keeps its course, its picture and its shape until it is met again.
+    """
+    image, last = frame.astype(np.float32), state.place
+    step = _step(image, state)
+    told = ground.tell(t, image, _warp_mask(state.mask, step))
+    if told.sum() >= HIDDEN_SHARE * state.mask.sum():
+        speed = step.centre - _centre(state.mask)
+        place = replace(last, centre=last.centre + speed, turn=last.turn + step.turn, scale=last.scale * step.scale)
+        return told, _State(place, image, told, speed)
+    ahead = _shifted(state.mask.astype(np.float32), state.speed, cv2.BORDER_CONSTANT) >= 0.5
+    told_ahead = ground.tell(t, image, ahead)
+    place = replace(last, centre=last.centre + state.speed)
+    if told_ahead.sum() >= HIDDEN_SHARE * state.mask.sum():
+        return told_ahead, _State(place, image, told_ahead, state.speed)
+    best = told_ahead if told_ahead.sum() > told.sum() else told
+    return best, _State(place, _shifted(state.picture, state.speed), ahead, state.speed)
+
+
+def _step(image: np.ndarray, state: _State) -> _Place:
+    """Where the last picture of the thing went."""
+    expected = _Place(0.0, 1.0, _centre(state.mask) + state.speed)
+    return _search(state.picture, state.mask, image, expected, finely=False)
+
+
+def _overlap(a: np.ndarray, b: np.ndarray) -> float:
+    return float((a & b).sum() / max(1, (a | b).sum()))
+
+
+def _shifted(picture: np.ndarray, by: np.ndarray, border: int = cv2.BORDER_REPLICATE) -> np.ndarray:
+    matrix = np.array([[1, 0, by[0]], [0, 1, by[1]]])
+    return cv2.warpAffine(picture, matrix, picture.shape[1::-1], borderMode=border)
 
 
 # --- looking for it --------------------------------------------------------------------------------------------------
@@ -184,8 +265,7 @@ def redraw(image: np.ndarray, mask: np.ndarray, band: float, trust: float) -> np
     trimap[~grow(mask, width)] = cv2.GC_BGD
     drawn = np.zeros_like(mask)
     drawn[here] = grab_cut(image[here], trimap[here].copy(), mask[here], rounds=2)
-    overlap = (drawn & mask).sum() / max(1, (drawn | mask).sum())
-    return drawn if overlap > trust else mask
+    return drawn if _overlap(drawn, mask) > trust else mask
 
 
 def _full_size(frame: np.ndarray, mask: np.ndarray, scale: float) -> np.ndarray:
