@@ -17,8 +17,8 @@ from torch import Tensor, nn
 AttentionFn = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
-# Scores per head up to which a CPU trains faster by plain products: the fused backward pass there is several times
-# slower than they are (measured on a training step of the tiny model: benchmarks/RESULTS.md).
+# Scores per head up to which a CPU trains by plain products: the fused backward pass is slower there than they are, and
+# most of a training step of the tiny model (benchmarks/small_training.py).
 FEW_SCORES = 512 * 512
 
 
