@@ -1,5 +1,7 @@
 """What is saved loads again, here and in diffusers, and is either whole or not there."""
 
+import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +46,16 @@ def test_round_trip(tmp_path: Path, parts: Parts, layout: str, shard_bytes: int)
     prompts = ["a red fox", "the hill"]
     assert text.text_len == 24 and torch.equal(text(prompts)[0], parts[1](prompts)[0])
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_files_are_readable_for_whom_the_umask_lets(tmp_path: Path, parts: Parts) -> None:
+    before = os.umask(0o027)
+    try:
+        folder = save_checkpoint(tmp_path / "out", *parts, layout="native")
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.rglob("*.safetensors")}
+    assert len(modes) >= 2 and set(modes.values()) == {0o640}, modes
 
 
 def test_round_trip_through_every_layout(tmp_path: Path, parts: Parts) -> None:

@@ -109,6 +109,9 @@ def _atomic_folder(target: Path, overwrite: bool) -> Iterator[Path]:
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         work.chmod(0o777 & ~_umask())  # mkdtemp's private mode is not meant to last
         yield work
+        for path in work.rglob("*"):
+            if path.is_file():
+                share(path)
         _replace(work, target)
         work = None
     except OSError as error:
@@ -133,6 +136,11 @@ def _replace(work: Path, target: Path) -> None:
         raise
     finally:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def share(path: Path) -> None:
+    """Readable for whoever the umask lets: safetensors' own files are for their owner alone."""
+    path.chmod(0o666 & ~_umask())
 
 
 def _umask() -> int:

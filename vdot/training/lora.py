@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from vdot.checkpoints.saving import share
 from vdot.errors import CheckpointError, ConfigError, MissingDependencyError
 from vdot.models.vace import VaceDiT
 from vdot.training.config import LoraConfig
@@ -192,6 +193,7 @@ def save_adapters(folder: Path, factors: Mapping[str, tuple[Tensor, Tensor]], al
     for file, content in (("adapter_model.safetensors", tensors), ("comfyui.safetensors", comfy_keys(factors, alpha))):
         with atomic_path(folder / file) as temporary:
             save_file(content, temporary, metadata={"format": "pt"})
+            share(Path(temporary))
     with atomic_path(folder / "adapter_config.json") as temporary:
         Path(temporary).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
