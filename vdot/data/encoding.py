@@ -59,7 +59,7 @@ SHARD_BYTES = (
 SHARD_ROWS = 64
 ENCODERS = ("text_encoder", "vae")
 TOGETHER = 32  # small clips in one forward pass of the autoencoder
-TOGETHER_ON_CPU = 8  # more fall out of its cache, at twice the time
+TOGETHER_ON_CPU = 8  # more fall out of its cache, at half as much time again
 
 
 # -- one row ----------------------------------------------------------------------------------------------------------

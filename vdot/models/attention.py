@@ -18,7 +18,7 @@ AttentionFn = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 # Scores per head up to which a CPU trains by plain products: the fused backward pass is slower there than they are, and
-# most of a training step of the tiny model (benchmarks/small_training.py).
+# a large part of a training step of the tiny model (benchmarks/small_training.py).
 FEW_SCORES = 512 * 512
 
 

@@ -37,7 +37,7 @@ class _CausalConv3d(WanCausalConv3d):
 class _RMSNorm(WanRMS_norm):
     """Over channels: norms in float32, everything of the picture's size in the input's own type."""
 
-    compiled = False  # forward and backward in one pass over the pixels each: half of a training step goes into these
+    compiled = False  # forward and backward in one pass over the pixels each
 
     def forward(self, x: Tensor) -> Tensor:
         return (_compiled() if self.compiled else normalise)(x, self.gamma, self.scale)
@@ -83,7 +83,7 @@ class WholeClipVAE(nn.Module):
     """``encode`` and ``decode`` between pixels in [-1, 1] and latents that are not normalised, with gradients.
 
     ``model`` is changed in place: the same parameters under the same names. ``compile`` puts the norms, and nothing
-    else, through torch.compile: the convolutions are the library's, and compiling around them gained nothing.
+    else, through torch.compile: compiling around the convolutions as well was slower (benchmarks/RESULTS.md).
     """
 
     def __init__(self, model: AutoencoderKLWan, compile: bool = False) -> None:
