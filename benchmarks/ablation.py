@@ -44,6 +44,7 @@ from vdot.parallel.state import Ranks  # noqa: E402
 from vdot.pipeline import checkpoint_schedule  # noqa: E402
 from vdot.runtime import pick_device  # noqa: E402
 from vdot.sampling import RELEASE_NOISE_LEVELS, FewStepSchedule, sample  # noqa: E402
+from vdot.training.metrics import read_metrics  # noqa: E402
 from vdot.video import from_model  # noqa: E402
 from vdot.video.output import atomic_path  # noqa: E402
 
@@ -61,6 +62,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "release schedule": MISMATCH,
 }
 WHOLE = "DMD + OT + GAN"
+TEACHER_FEW = "teacher, 4 steps"
 OTHER_STEPS = (1, 2, 8)  # at which the whole objective's student is sampled as well
 BATCH = 64
 
@@ -119,7 +121,7 @@ def rows_of(args: argparse.Namespace) -> list[Row]:
     few = replace(teacher, steps=4)
     rows = [
         Row(f"teacher, {teacher.steps} steps", 0, args.teacher, teacher),
-        Row("teacher, 4 steps", 0, args.teacher, few),
+        Row(TEACHER_FEW, 0, args.teacher, few),
     ]
     for name in args.variants:
         for seed in range(args.seeds):
@@ -244,10 +246,10 @@ def report(args: argparse.Namespace, rows: list[Row]) -> None:
         path = args.out / "tables" / f"{row.key}.json"
         if path.is_file():
             tables.setdefault(row.name, []).append(json.loads(path.read_text()))
-    head = ["", "evaluations", "runs", "score", "Frechet", "sliced W.", *SHOWN]
+    head = ["", "evaluations", "runs", "collapsed", "score", "Frechet", "sliced W.", *SHOWN]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "--:|" * (len(head) - 1)]
     for name, found in tables.items():
-        cells = [name, str(evaluations[name]), str(len(found)), interval(found)]
+        cells = [name, str(evaluations[name]), str(len(found)), collapsed(args, name, found, tables), interval(found)]
         cells += [mean(found, lambda t, d=d: t["distances"].get(d)) for d in ("frechet", "sliced_wasserstein")]
         cells += [mean(found, lambda t, m=m: (t["cells"][ALL].get(m) or {}).get("mean")) for m in SHOWN]
         lines.append("| " + " | ".join(cells) + " |")
@@ -255,6 +257,32 @@ def report(args: argparse.Namespace, rows: list[Row]) -> None:
     (args.out / "table.md").write_text(text)
     print(text)
     draw(args, tables)
+
+
+def collapsed(args: argparse.Namespace, name: str, found: list[dict], tables: dict[str, list[dict]]) -> str:
+    """How many of a variant's students lost their way.
+
+    One did if a step of it was not finite, if its gradient ended ten times as long as it began, or if its videos are
+    twice as far from real ones (Frechet) as those of the teacher at as many steps, where it started.
+    """
+    if name not in args.variants:
+        return ""
+    start = tables.get(TEACHER_FEW, [{"distances": {}}])[0]["distances"].get("frechet", np.inf)
+    count = 0
+    for seed, table in enumerate(found):
+        lines = metrics(student(args.out, name, seed))
+        norms = [line["norm_generator"] for line in lines if line.get("norm_generator")]
+        quarter = max(1, len(norms) // 4)
+        grown = bool(norms) and np.median(norms[-quarter:]) > 10 * np.median(norms[:quarter])
+        far = table["distances"].get("frechet", 0.0) > 2 * start
+        count += grown or far or any(line["bad_steps"] for line in lines[-1:])
+    return str(count)
+
+
+def metrics(run: Path) -> list[dict]:
+    """The lines of a run's ``metrics.jsonl``, none where there is none."""
+    path = run / "metrics.jsonl"
+    return read_metrics(path) if path.is_file() else []
 
 
 def interval(found: list[dict]) -> str:
@@ -286,10 +314,9 @@ def draw(args: argparse.Namespace, tables: dict[str, list[dict]]) -> None:
     bars.invert_yaxis()
     bars.set_xlabel("score on held-out tasks (100: the truth); points are seeds")
     for name in args.variants:
-        path = student(args.out, name, 0) / "metrics.jsonl"
-        if path.is_file():
-            lines = [json.loads(line) for line in path.read_text().splitlines()]
-            points = [(line["step"], line["norm_generator"]) for line in lines if line.get("norm_generator")]
+        lines = metrics(student(args.out, name, 0))
+        points = [(line["step"], line["norm_generator"]) for line in lines if line.get("norm_generator")]
+        if points:
             steps, norms = np.array(points).T
             width = min(15, len(norms))
             smooth = np.convolve(np.log(norms), np.ones(width) / width, "valid")

@@ -35,7 +35,7 @@ def attention_runs() -> dict[str, Run]:
     def step(few_scores: int) -> None:
         attention.FEW_SCORES = few_scores
         with torch.autocast("cpu", torch.bfloat16):
-            velocity = dit(x, t, text, context)
+            velocity = dit(x, t, text, context, lengths=(text.shape[1],) * CLIPS)
         velocity.float().square().mean().backward()
         dit.zero_grad()
 

@@ -224,6 +224,20 @@ def test_a_row_that_has_changed_its_shape_is_not_let_into_a_batch(said):
     assert all(1 not in batch.rows for batch in take(feeder, 10)) and feeder.failures == 1
 
 
+def test_loading_threads_leave_the_cores_to_training():
+    """One OpenMP thread each, and those of the thread that trains stay as they were."""
+    source, before, seen = Numbers(["a"] * 4), torch.get_num_threads(), set()
+    loaded = source.load
+    source.load = lambda i: seen.add(torch.get_num_threads()) or loaded(i)
+    try:
+        torch.set_num_threads(3)
+        with Feeder(source, Sampler(source.shapes, source.tasks), workers=2) as feeder:
+            take(feeder, 3)
+        assert seen == {1} and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_no_thread_is_left():
     def feeders() -> list[str]:
         return [t.name for t in threading.enumerate() if t.name.startswith("vdot-feeder")]

@@ -255,6 +255,12 @@ def test_whole_gradients_wait_between_micro_batches_unless_each_is_reduced(no_ac
     assert gathered("accumulation=2", "parallel.sync_each=true") == gathered()
 
 
+def test_autocast_gathers_nothing_and_keeps_half_copies(no_activations):
+    """Of the parameters that FSDP would cut: all but the float32 islands."""
+    phase = plan_memory(config("parallel.autocast=true"), TOY, LATENT, 1).phases[0]
+    assert phase.gathered == pytest.approx(2 * numbers(TOY), rel=0.05)
+
+
 def test_adapters_share_one_base(no_activations):
     """Rank r on q, k, v, o of both attentions: 16 r C numbers in each of 4 + 2 blocks."""
     c = config("lora.rank=4", "lora.targets=[q,k,v,o]", "ema_decay=0")
@@ -279,6 +285,9 @@ def test_flow_matching_has_one_network(no_activations):
         (["parallel.ulysses_size=3"], 4, "ulysses_size 3 x ring_size 1 must divide the number of processes, 4"),
         (["parallel.replicas=3", "batch_size=4"], 4, "replicas 3 must divide the number of processes, 4"),
         (["batch_size=3"], 2, "batch_size 3 must be a multiple of the 2 data-parallel groups"),
+        (["parallel.autocast=true", "batch_size=2"], 2, "autocast is for whole networks.*shard=false"),
+        (["parallel.autocast=true", "lora.rank=4"], 1, "autocast is for whole networks"),
+        (["parallel.autocast=true", "parallel.compute=float32"], 1, "autocast is for whole networks"),
     ],
 )
 def test_sizes_that_do_not_divide_are_named(overrides, world, words):

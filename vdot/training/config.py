@@ -48,6 +48,7 @@ class ParallelConfig:
     replicas: int = 1  # copies of the shards, usually one per machine (HSDP)
     offload: bool = False  # keep shards and optimizer states in host memory
     compute: str = "bfloat16"  # type of the matrix products; master weights and reductions are float32
+    autocast: bool = False  # half precision by autocast over whole float32 weights, not by FSDP: quicker when small
     tf32: bool = False  # with compute float32: products in TensorFloat-32 where the GPU has it
     recompute: str = "full"  # of activations in the backward pass: none | selective (attention is kept) | full
     compile: bool = False  # torch.compile of the blocks; of the autoencoder's norms

@@ -76,7 +76,13 @@ class Split:
             raise ConfigError(f"batch_size {config.batch_size} must be a multiple of the {groups} data-parallel groups")
         one_copy = world // parallel.replicas
         split = world > 1 and parallel.shard
-        fsdp = split or (not config.lora.rank and parallel.compute != "float32")
+        half = parallel.compute != "float32"
+        if parallel.autocast and (split or config.lora.rank or not half):
+            raise ConfigError(
+                "parallel.autocast is for whole networks in half precision that are not split over processes: set "
+                "parallel.shard=false for several processes, or leave it out"
+            )
+        fsdp = split or (not config.lora.rank and half and not parallel.autocast)
         return cls(
             world=world,
             sequence=sequence,
@@ -471,6 +477,8 @@ def _whole_plan(config: TrainConfig, sizes: _Sizes, split: Split, heads: int) ->
         parts.append(Part("teacher", sizes.frozen_whole + (0.0 if waits else frozen)))
     networks = 3 if distill else 1
     gathered = sizes.gathered(split.fsdp, trained=True, networks=networks)
+    if config.parallel.autocast:
+        gathered += sizes.width * sizes.sharded  # copies that the backward pass reads
     if split.fsdp and config.accumulation > 1 and not config.parallel.sync_each:
         gathered += 4 * sizes.sharded  # whole float32 gradients wait for the last micro batch
     gradients = 4 * (on_device + sizes.whole)

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,7 @@ from vdot.distillation.networks import Cast, Network
 from vdot.errors import ConfigError
 from vdot.models.discriminator import Discriminator
 from vdot.models.presets import PRESETS, DitConfig
-from vdot.models.vace import VaceDiT
+from vdot.models.vace import Run, VaceDiT
 from vdot.parallel.mesh import Group
 from vdot.parallel.shard import Fsdp, wholes
 from vdot.parallel.state import Ranks
@@ -95,6 +96,18 @@ def build(config: TrainConfig, ranks: Ranks, device: torch.device) -> Networks:
     return builder.adapters() if config.lora.rank else builder.whole()
 
 
+class Autocast(Run):
+    """Runs a block with its matrix products in half precision; weights, norms and what lies around it stay float32."""
+
+    def __init__(self, inner: Run, device: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.inner, self.device, self.dtype = inner, device, dtype
+
+    def forward(self, block: nn.Module, *args: Any) -> Any:
+        with torch.autocast(self.device, self.dtype):
+            return self.inner(block, *args)
+
+
 @dataclass
 class _Builder:
     config: TrainConfig
@@ -105,13 +118,13 @@ class _Builder:
     def __post_init__(self) -> None:
         parallel = self.config.parallel
         self.compute = DTYPES[parallel.compute]
-        # Half precision beside float32 masters is FSDP's, also on one process: one way of computing everywhere.
+        # Half precision beside float32 masters is FSDP's, also on one process, unless autocast is asked for.
         self.split = self.everyone.size > 1 and parallel.shard
         self.mesh = _shard_mesh(self.device, parallel, self.everyone) if self._needs_mesh() else None
 
     def _needs_mesh(self) -> bool:
         masters = not self.config.lora.rank and self.compute != torch.float32
-        return self.split or masters
+        return self.split or (masters and not self.config.parallel.autocast)
 
     def whole(self) -> Networks:
         dits = {
@@ -162,8 +175,12 @@ class _Builder:
         return dit
 
     def _trained(self, path: str | None = None) -> VaceDiT:
-        compute = None if self.compute == torch.float32 else self.compute
-        return self._load(path, torch.float32, compute).train().requires_grad_(True)
+        autocast = self.config.parallel.autocast
+        compute = None if self.compute == torch.float32 or autocast else self.compute
+        dit = self._load(path, torch.float32, compute).train().requires_grad_(True)
+        if autocast:
+            dit.run = Autocast(dit.run, self.device.type, self.compute)
+        return dit
 
     def _frozen(self) -> VaceDiT:
         return self._load(None, self.compute, None).requires_grad_(False)
