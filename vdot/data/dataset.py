@@ -305,8 +305,8 @@ class Feeder:
         self.places = range(dp_rank * share, (dp_rank + 1) * share)
         self._bad: dict[int, str] = {}  # row -> why it cannot be read
         self._lock = Lock()
-        # One OpenMP thread each: with a second team beside the training's there are more threads than cores, and libgomp
-        # then puts waiting ones to sleep at once; waking them was a third of a small model's step on two cores.
+        # One OpenMP thread each: with a second team beside the training's there are more threads than cores; libgomp
+        # then puts waiting ones to sleep at once, and waking them was a third of a small model's step on two cores.
         self._pool = ThreadPoolExecutor(workers, "vdot-feeder", torch.set_num_threads, (1,)) if workers else None
         self._ahead: deque[Future[Batch]] = deque()
         self._prefetch = prefetch
