@@ -86,7 +86,9 @@ def make(args: argparse.Namespace) -> None:
         result = pipeline(**made.request())
         result.save(args.out / f"{task}.mp4")
         panels.append(panel(made, result.frames, args.side))
-        rows += [(f"{task}: {made.prompt}", framed_source(made)), ("result", result.frames)]
+        # The sheet's font has no Chinese.
+        words = made.prompt if made.prompt.isascii() else "(a prompt in Chinese)"
+        rows += [(f"{task}: {words}", framed_source(made)), ("result", result.frames)]
     write_gif(args.out / "gallery.gif", tile(panels, args.columns), FPS)
     contact_sheet(rows, args.out / "gallery.png", columns=9, cell_width=96)
     sys.stdout.write(f"{args.out / 'gallery.gif'}\n{args.out / 'gallery.png'}\n")

@@ -2,10 +2,10 @@
 # The models of the procedural world, from nothing: text encoder, autoencoder, teacher, student, and the ablation's table.
 #   bash scripts/reproduce_tiny.sh               everything into results/; stopped anywhere, the same command goes on
 #   bash scripts/reproduce_tiny.sh steps=10      key=value for every training (here: a rehearsal of minutes)
-#   bash scripts/reproduce_tiny.sh parallel.compute=bfloat16 parallel.compile=true       for CPUs with AMX
+#   bash scripts/reproduce_tiny.sh parallel.compute=bfloat16 parallel.compile=true parallel.autocast=true    CPUs with AMX
 # Lengths are those of configs/train; a first pass at a fraction of them took ten minutes on one H200. On two CPU cores with
-# AMX, by count from measured steps (benchmarks/RESULTS.md): autoencoder 7 h, encoding half an hour, teacher 2 h, student
-# 1 h, and the ablation's 21 students 20 h. Not yet run at full length.
+# AMX, by count from measured steps (benchmarks/RESULTS.md): autoencoder 7 h, encoding half an hour, teacher 1 h, student
+# half an hour, the ablation's 24 students 10 h (1 h for 160 steps of 16 clips). Not yet run at full length.
 # CLIPS=N changes how many clips are encoded, SEEDS=N how often each student of the ablation is trained.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"

@@ -125,6 +125,8 @@ def _run(argv: Sequence[str], prog: str, ranks: Ranks) -> int:
         if args.export:
             export_only(config, ranks, device, open_objective)
             return 0
+        with ranks.agree():
+            Split.of(config, ranks.world)
         try:
             stopped = train(config, ranks, device, open_objective)
         except (RuntimeError, MemoryError) as error:
