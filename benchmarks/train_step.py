@@ -17,6 +17,7 @@ it does one step, over what it held before (Linux; weights are not in it, gradie
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -174,7 +175,9 @@ def _section(name: str) -> nullcontext:
 def peak(latent: tuple[int, int, int], way: str, kind: str) -> float:
     """Bytes that one step adds at most, in a process of its own."""
     command = [sys.executable, __file__, "--latent", ",".join(map(str, latent)), "--one", f"{way}:{kind}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    # Large blocks go back to the system at once: what the heap happened to keep would change results by a factor of two.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])
 
 
