@@ -12,6 +12,7 @@ product (the absorption of Schmitzer 2019, "Stabilized sparse scaling algorithms
 """
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +31,16 @@ def lse_block(logits: Tensor) -> Tensor:
     """log2 sum 2^logits over the last axis, ``[B,R,M] -> [B,R]``; the maximum is taken out, so nothing overflows."""
     top = logits.amax(-1, keepdim=True)
     return top[..., 0] + (logits - top).exp2().sum(-1).log2()
+
+
+class Sweep(NamedTuple):
+    """What iterations leave: f before the last one, f and g after it, and its log-sums."""
+
+    f_before: Tensor | None
+    f: Tensor
+    g: Tensor
+    row_lse: Tensor
+    col_lse: Tensor
 
 
 class Streamed:
@@ -78,6 +89,15 @@ class Streamed:
             return self._two_pass(f, g, omega)
         col_lse = col_sum.log2() - g
         return new, self.swapped.relaxed(g, col_lse, omega), row_sum.log2() - f, col_lse
+
+    def sweeps(self, f: Tensor | None, g: Tensor, omega: Tensor, count: int) -> Sweep:
+        """``count`` iterations in a row, of one relaxation."""
+        before, row_lse, col_lse = f, None, None
+        for _ in range(count):
+            before = f
+            f, g, row_lse, col_lse = self.sweep(f, g, omega)
+        assert f is not None and row_lse is not None and col_lse is not None
+        return Sweep(before, f, g, row_lse, col_lse)
 
     def _two_pass(self, f: Tensor | None, g: Tensor, omega: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         row_lse = self.rows(g)

@@ -66,27 +66,36 @@ def iterate(
     problem, swapped = engine.problem, engine.problem.swap()
     plain = torch.ones_like(problem.unit)
     omega = plain * relaxation
-    errors: list[Tensor] = []
-    f, g, col_lse, k = state.f, state.g, state.col_lse, state.iterations
+    errors: dict[int, Tensor] = {}
+    f, g, col_lse, k, done = state.f, state.g, state.col_lse, state.iterations, False
     every = 1 if g.device.type == "cpu" else WINDOW  # looking at an error waits for the device
-    while k < max_iters:
+    while k < max_iters and not done:
         w = omega if k >= PLAIN and relaxation != 1 else plain
-        old = f
-        f, new, row_lse, col_lse = engine.sweep(f, g, w)
-        k += 1
-        done = False
-        if old is not None and (target > 0 or relaxation != 1):
-            errors.append(marginal_gap(problem, old, (old + row_lse).clamp(max=MAX_EXPONENT).exp2()))
+        count = 1 if trace is not None else min(_next_look(k, every, target > 0, relaxation != 1), max_iters) - k
+        step, g_before = engine.sweeps(f, g, w, count), g
+        f, g, col_lse, k = step.f, step.g, step.col_lse, k + count
+        if step.f_before is not None and (target > 0 or relaxation != 1):
+            mass = (step.f_before + step.row_lse).clamp(max=MAX_EXPONENT).exp2()
+            errors[k] = marginal_gap(problem, step.f_before, mass)
             # Overshoot is most of a relaxed error; the plain last update leaves about (2 - w) of it, as in linear SOR.
-            done = target > 0 and k % every == 0 and bool((errors[-1] * (2 - w) <= target).all())
+            done = target > 0 and k % every == 0 and bool((errors[k] * (2 - w) <= target).all())
         if trace is not None:
-            trace.append((f, g, row_lse, col_lse))
-        g = swapped.relaxed(None, col_lse) if done or k == max_iters else new
-        if done:
-            break
-        if relaxation != 1 and k > PLAIN and len(errors) > WINDOW and k % WINDOW == 0:
-            omega = adapt(omega, errors[-1], errors[-WINDOW])
-    return State(f, g, col_lse, k)
+            trace.append((f, g_before, step.row_lse, col_lse))
+        if relaxation != 1 and k % WINDOW == 0 and k - WINDOW in errors:
+            omega = adapt(omega, errors[k], errors[k - WINDOW + 1])
+    assert col_lse is not None
+    return State(f, swapped.relaxed(None, col_lse), col_lse, k)
+
+
+def _next_look(k: int, every: int, stopping: bool, adapting: bool) -> int:
+    """The iteration after k at which an error is wanted, or the relaxation changes."""
+    if every == 1:
+        return k + 1
+    looks = [every * (k // every + 1)] if stopping or adapting else []
+    if adapting:
+        looks += [PLAIN] if k < PLAIN else []
+        looks += [k + 1] if k % WINDOW == 0 else []  # where a window begins
+    return min(looks, default=2**62)
 
 
 def iterate_symmetric(engine: Streamed, state: State, max_iters: int, target: float) -> State:

@@ -1,20 +1,28 @@
 """Triton kernels: costs, log-sum-exp and plan moments online, nothing of size N x M in memory.
 
-``_half_step`` streams blocks of y past a block of x: logits by a tensor-core dot product (by differences for p = 1), a
-running maximum and sum in float32 base 2 (as in FlashAttention; Milakov and Gimelshein 2018), then the relaxed update
-of the potential, all in one launch. ``_moments`` accumulates ``sum_j P_ij c_ij^power v_j`` for a few columns v alike:
-cost, marginal, barycentre and gradient in one launch. A column half-step is a row half-step of the swapped problem.
+``_half_step`` streams blocks of y past a block of x: logits by tensor-core dot products (by differences for p = 1),
+their sum in float32 base 2 around the log-sum of the step before, so that no running maximum is needed (where that
+guess is too far off, it is found as in FlashAttention; Milakov and Gimelshein 2018), then the relaxed update of the
+potential, all in one launch. ``_moments`` accumulates ``sum_j P_ij c_ij^power v_j`` for a few columns v alike: cost,
+marginal, barycentre and gradient in one launch. A column half-step is a row half-step of the swapped problem.
+
+Tensor cores multiply half precision. A coordinate goes in as two halves, ``s = s_hi + s_lo`` to 22 bits, and four
+products of halves make one of coordinates (Markidis et al. 2018), in one dot product over four times the width; sums of
+float32 products lose more (tests/transport/test_kernels.py). Problems too wide for float32 are not solved here.
 
 Importing this module needs Triton. Kernels run on CUDA, and on a CPU under ``TRITON_INTERPRET=1``.
 """
 
-from dataclasses import replace
+import threading
+import weakref
+from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from vdot.errors import InputError, MissingDependencyError
-from vdot.transport.engines import Streamed
+from vdot.transport.engines import Streamed, Sweep
 from vdot.transport.problem import Problem
 
 try:
@@ -25,82 +33,99 @@ except ImportError as error:
         "the Triton engine needs triton: pip install triton, or choose engine='streamed'"
     ) from error
 
-BLOCK_N, BLOCK_M = 64, 64
-# Log-sums may differ from those of full float32 products by this many bits (a relative 7e-4 in the plan).
-DOT_TOLERANCE = 1e-3
-PRECISIONS = ("tf32", "tf32x3", "ieee")  # fastest first
-
-
-@triton.jit
-def _block(s_ptr, rows, n, dim: tl.constexpr, wide: tl.constexpr):  # type: ignore[no-untyped-def]
-    d = tl.arange(0, wide)
-    return tl.load(s_ptr + rows[:, None] * dim + d[None, :], (rows[:, None] < n) & (d[None, :] < dim), 0.0)
+BLOCK_N, BLOCK_M, WARPS, STAGES = 64, 64, 4, 3
+PAD = 128  # both block sizes divide it
+NOTHING = -3.0e38  # potential of a point that is not there
+TOGETHER = 5  # iterations in one CUDA graph: launching two kernels one by one takes as long as running them
+WORKSPACES = 8
 
 
 @triton.jit
 def _logits(  # type: ignore[no-untyped-def]
-    s, s_ptr, t_ptr, rows, cols, n, m, dim: tl.constexpr, wide: tl.constexpr, power: tl.constexpr, dot: tl.constexpr
+    s, base, s_ptr, t_ptr, rows, cols, dim: tl.constexpr, power: tl.constexpr
 ):
-    """``[BN,BM]`` block of Z. p = 1 sums squared differences: the expansion would lose near-duplicates."""
+    """Block ``[BN,BM]`` of base + Z. p = 1 sums squared differences: the expansion would lose near-duplicates."""
     if power == 2:
-        z = tl.dot(s, tl.trans(_block(t_ptr, cols, m, dim, wide)), input_precision=dot)
+        t = tl.load(t_ptr + cols[None, :] * dim + tl.arange(0, dim)[:, None])
+        z = tl.dot(s, t, base)
     else:
         z = tl.zeros((rows.shape[0], cols.shape[0]), tl.float32)
         for k in tl.static_range(dim):
-            x, y = tl.load(s_ptr + rows * dim + k, rows < n, 0.0), tl.load(t_ptr + cols * dim + k, cols < m, 0.0)
+            x, y = tl.load(s_ptr + rows * dim + k), tl.load(t_ptr + cols * dim + k)
             z += (x[:, None] - y[None, :]) * (x[:, None] - y[None, :])
-        z = -tl.sqrt(z)
+        z = base - tl.sqrt(z)
     return z
 
 
 @triton.jit
+def _points(s_ptr, rows, dim: tl.constexpr, power: tl.constexpr):  # type: ignore[no-untyped-def]
+    if power == 2:
+        return tl.load(s_ptr + rows[:, None] * dim + tl.arange(0, dim)[None, :])
+    else:
+        return 0.0  # p = 1 reads one coordinate at a time
+
+
+@triton.jit
 def _half_step(  # type: ignore[no-untyped-def]
-    s_ptr, t_ptr, g_ptr, old_ptr, target_ptr, damp_ptr, omega_ptr, new_ptr, lse_ptr, n, m,
-    dim: tl.constexpr, wide: tl.constexpr, power: tl.constexpr, dot: tl.constexpr, bn: tl.constexpr, bm: tl.constexpr,
+    s_ptr, t_ptr, g_ptr, f_ptr, target_ptr, damp_ptr, omega_ptr, before_ptr, lse_ptr, n, n_pad, m_pad,
+    dim: tl.constexpr, power: tl.constexpr, bn: tl.constexpr, bm: tl.constexpr,
 ):  # fmt: skip
-    """``L_i = log2 sum_j 2^(Z_ij + g_j)`` and ``f_i + omega (target_i - damp L_i - f_i)`` for one block of rows."""
+    """``L_i = log2 sum_j 2^(Z_ij + g_j)``, f to before, ``f_i + omega (target_i - damp L_i - f_i)`` to f, in a block.
+
+    ``lse`` holds the last L, the guess of this one. Rows are padded to ``n_pad``, columns to ``m_pad``.
+    """
     b = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * bn + tl.arange(0, bn)
-    s_ptr += b * n * dim
-    t_ptr += b * m * dim
-    s = _block(s_ptr, rows, n, dim, wide)
-    top = tl.full((bn,), -3.0e38, tl.float32)
-    total = tl.zeros((bn,), tl.float32)
-    for start in range(0, m, bm):
-        cols = start + tl.arange(0, bm)
-        z = _logits(s, s_ptr, t_ptr, rows, cols, n, m, dim, wide, power, dot)
-        z += tl.load(g_ptr + b * m + cols, cols < m, -3.0e38)[None, :]
-        higher = tl.maximum(top, tl.max(z, 1))
-        total = total * tl.exp2(top - higher) + tl.sum(tl.exp2(z - higher[:, None]), 1)
-        top = higher
-    lse = top + tl.log2(total)
+    cols = tl.arange(0, bm)
+    s_ptr += b * n_pad * dim
+    t_ptr += b * m_pad * dim
+    g_ptr += b * m_pad
+    at = b * n_pad + rows
+    s = _points(s_ptr, rows, dim, power)
+    middle = tl.load(lse_ptr + at)
+    parts = tl.zeros((bn, bm), tl.float32)
+    for start in range(0, m_pad, bm):
+        base = tl.load(g_ptr + start + cols)[None, :] - middle[:, None]
+        parts += tl.exp2(_logits(s, base, s_ptr, t_ptr, rows, start + cols, dim, power))
+    total = tl.sum(parts, 1)
     keep = rows < n
-    old = tl.load(old_ptr + b * n + rows, keep, 0.0)
-    new = tl.load(target_ptr + b * n + rows, keep, 0.0) - tl.load(damp_ptr + b) * lse
-    tl.store(lse_ptr + b * n + rows, lse, keep)
-    tl.store(new_ptr + b * n + rows, old + tl.load(omega_ptr + b) * (new - old), keep)
+    if tl.sum((((total > 2.0**-60) & (total < 2.0**60)) | (rows >= n)).to(tl.int32)) < bn:  # NaN compares false
+        middle = tl.full((bn,), -3.0e38, tl.float32)
+        total = tl.zeros((bn,), tl.float32)
+        for start in range(0, m_pad, bm):
+            base = tl.zeros((bn, bm), tl.float32) + tl.load(g_ptr + start + cols)[None, :]
+            z = _logits(s, base, s_ptr, t_ptr, rows, start + cols, dim, power)
+            higher = tl.maximum(middle, tl.max(z, 1))
+            total = total * tl.exp2(middle - higher) + tl.sum(tl.exp2(z - higher[:, None]), 1)
+            middle = higher
+    lse = middle + tl.log2(total)
+    old = tl.load(f_ptr + at)
+    new = tl.load(target_ptr + at) - tl.load(damp_ptr + b) * lse
+    tl.store(before_ptr + at, old, keep)
+    tl.store(lse_ptr + at, lse, keep)
+    tl.store(f_ptr + at, old + tl.load(omega_ptr + b) * (new - old), keep)
 
 
 @triton.jit
 def _moments(  # type: ignore[no-untyped-def]
-    s_ptr, t_ptr, f_ptr, g_ptr, v_ptr, out_ptr, n, m, columns,
-    dim: tl.constexpr, wide: tl.constexpr, power: tl.constexpr, dot: tl.constexpr, bn: tl.constexpr, bm: tl.constexpr,
+    s_ptr, t_ptr, f_ptr, g_ptr, v_ptr, out_ptr, n, m, n_pad, m_pad, columns,
+    dim: tl.constexpr, power: tl.constexpr, bn: tl.constexpr, bm: tl.constexpr,
     vn: tl.constexpr, cost_power: tl.constexpr,
 ):  # fmt: skip
     """``sum_j 2^(f_i + Z_ij + g_j) c_ij^cost_power V_jk`` -> out ``[N,columns]`` for one block of rows."""
     b = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * bn + tl.arange(0, bn)
     k = tl.arange(0, vn)
-    s_ptr += b * n * dim
-    t_ptr += b * m * dim
-    s = _block(s_ptr, rows, n, dim, wide)
-    f = tl.load(f_ptr + b * n + rows, rows < n, -200.0)
+    s_ptr += b * n_pad * dim
+    t_ptr += b * m_pad * dim
+    s = _points(s_ptr, rows, dim, power)
+    f = tl.load(f_ptr + b * n_pad + rows)
     acc = tl.zeros((bn, vn), tl.float32)
-    for start in range(0, m, bm):
+    for start in range(0, m_pad, bm):
         cols = start + tl.arange(0, bm)
-        z = _logits(s, s_ptr, t_ptr, rows, cols, n, m, dim, wide, power, dot)
-        exponent = f[:, None] + z + tl.load(g_ptr + b * m + cols, cols < m, -3.0e38)[None, :]
-        plan = tl.exp2(tl.minimum(exponent, 60.0))
+        zero = tl.zeros((bn, bm), tl.float32)
+        z = _logits(s, zero, s_ptr, t_ptr, rows, cols, dim, power)
+        plan = tl.exp2(tl.minimum(f[:, None] + z + tl.load(g_ptr + b * m_pad + cols)[None, :], 60.0))
         if cost_power == 1:
             plan *= -z
         if cost_power == -1:
@@ -108,7 +133,7 @@ def _moments(  # type: ignore[no-untyped-def]
         v = tl.load(
             v_ptr + (b * m + cols[:, None]) * columns + k[None, :], (cols[:, None] < m) & (k[None, :] < columns), 0.0
         )
-        acc += tl.dot(plan, v, input_precision=dot)
+        acc += tl.dot(plan, v, input_precision="tf32x3")
     tl.store(
         out_ptr + (b * n + rows[:, None]) * columns + k[None, :], acc, (rows[:, None] < n) & (k[None, :] < columns)
     )
@@ -117,29 +142,39 @@ def _moments(  # type: ignore[no-untyped-def]
 class TritonEngine(Streamed):
     """float32 problems on CUDA; what has no kernel (the rank-2K pass of the unrolled gradient) streams as elsewhere."""
 
-    def __init__(self, problem: Problem, tile_bytes: int, precision: str | None = None) -> None:
+    def __init__(self, problem: Problem, tile_bytes: int) -> None:
         if problem.s.dtype != torch.float32:
             raise InputError(
                 "the Triton engine works in float32: pass float32 clouds that do not need more (wide, or a tiny eps), "
                 "or engine='streamed'"
             )
         super().__init__(problem, tile_bytes)
-        self.targets = update_target(self.problem), update_target(self.swapped)
-        self.precision = precision or pick_precision(problem)
+        device = problem.s.device
+        # What runs at the same time, in another thread or stream, must not share memory.
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        key = (*problem.shape, problem.s.shape[2], problem.p, device, stream, threading.get_ident())
+        self._space = _workspace(*key)
+
+    @property
+    def space(self) -> "Workspace":
+        if self._space.holds() is not self.problem:  # another solve of this size was here
+            self._space.load(self.problem)
+        return self._space
 
     def rows(self, g: Tensor) -> Tensor:
-        return half_step(self.problem, self.targets[0], None, g, None, self.precision)[1]
+        return self.space.log_sums(0, g)
 
     def cols(self, f: Tensor) -> Tensor:
-        return half_step(self.swapped, self.targets[1], None, f, None, self.precision)[1]
+        return self.space.log_sums(1, f)
 
     def sweep(self, f: Tensor | None, g: Tensor, omega: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        new_f, row_lse = half_step(self.problem, self.targets[0], f, g, omega, self.precision)
-        new_g, col_lse = half_step(self.swapped, self.targets[1], g, new_f, omega, self.precision)
-        return new_f, new_g, row_lse, col_lse
+        return self.sweeps(f, g, omega, 1)[1:]
+
+    def sweeps(self, f: Tensor | None, g: Tensor, omega: Tensor, count: int) -> Sweep:
+        return self.space.sweeps(f, g, omega, count)
 
     def _apply(self, problem: Problem, f: Tensor, g: Tensor, v: Tensor) -> Tensor:
-        return moments(problem, f, g, v[..., None], 0, self.precision)[..., 0]
+        return self.space.moments(int(problem is self.swapped), f, g, v[..., None], 0)[..., 0]
 
     def weigh(
         self,
@@ -156,58 +191,129 @@ class TritonEngine(Streamed):
         problem = self.swapped if swap else self.problem
         f, g = (g, f) if swap else (f, g)
         values = torch.cat([torch.ones_like(problem.q_t)[..., None], problem.q_t[..., None], problem.t], 2)
-        return moments(problem, f, g, values, power, self.precision)
+        return self.space.moments(int(swap), f, g, values, power)
 
 
-def update_target(problem: Problem) -> Tensor:
-    """What f would be if its log-sums were zero, ``[B,N]``: the constant part of the update."""
-    return (problem.log_a - (1 - problem.damp[:, None]) * problem.q_s).contiguous()
+class Workspace:
+    """Memory of one size of problem, padded to whole blocks, and the CUDA graphs of its iterations.
 
-
-def half_step(
-    problem: Problem, target: Tensor, old: Tensor | None, g: Tensor, omega: Tensor | None, precision: str
-) -> tuple[Tensor, Tensor]:
-    """New f ``[B,N]`` and its log-sums ``[B,N]`` from g ``[B,M]``: one launch. Without ``old`` the update is plain."""
-    batch, n, m = problem.shape
-    if old is None or omega is None:
-        old, omega = torch.zeros_like(target), torch.ones_like(problem.unit)
-    new, lse = torch.empty_like(target), torch.empty_like(target)
-    _half_step[(triton.cdiv(n, BLOCK_N), batch)](
-        *(z.contiguous() for z in (problem.s, problem.t, g, old, target, problem.damp, omega)), new, lse, n, m,
-        dim=problem.s.shape[2], wide=_wide(problem.s.shape[2]), power=problem.p, dot=precision, bn=BLOCK_N, bm=BLOCK_M,
-    )  # fmt: skip
-    return new, lse
-
-
-def moments(problem: Problem, f: Tensor, g: Tensor, values: Tensor, cost_power: int, precision: str) -> Tensor:
-    """``sum_j P_ij c_ij^cost_power values_j``: values ``[B,M,V]`` -> ``[B,N,V]``; a cost power needs p = 1."""
-    batch, n, m = problem.shape
-    columns = values.shape[2]
-    out = problem.s.new_empty(batch, n, columns)
-    _moments[(triton.cdiv(n, BLOCK_N), batch)](
-        *(z.contiguous() for z in (problem.s, problem.t, f, g, values)), out, n, m, columns,
-        dim=problem.s.shape[2], wide=_wide(problem.s.shape[2]), power=problem.p, dot=precision, bn=BLOCK_N, bm=BLOCK_M,
-        vn=_wide(columns), cost_power=cost_power,
-    )  # fmt: skip
-    return out
-
-
-def pick_precision(problem: Problem) -> str:
-    """The fastest dot product whose log-sums agree with full float32 on a sample of rows, within DOT_TOLERANCE bits.
-
-    TF32 keeps 11 bits of each factor: enough for logits of a few bits (large eps), not for the hundreds of a small one.
+    Everything is a pair: of x and of y. Graphs want fixed addresses, hence copies in and out, of vectors alone.
     """
-    sample = _first_rows(problem, 2 * BLOCK_N)
-    target, g = update_target(sample), problem.log_b - problem.q_t
-    exact = half_step(sample, target, None, g, None, "ieee")[1]
-    for precision in PRECISIONS[:-1]:
-        if bool((half_step(sample, target, None, g, None, precision)[1] - exact).abs().amax() <= DOT_TOLERANCE):
-            return precision
-    return PRECISIONS[-1]
+
+    def __init__(self, batch: int, n: int, m: int, dim: int, p: int, device: torch.device) -> None:
+        self.batch, self.sizes, self.p = batch, (n, m), p
+        self.padded = tuple(triton.cdiv(size, PAD) * PAD for size in self.sizes)
+        self.dim, dtype = (dim, torch.float32) if p == 1 else (4 * _wide(dim), torch.float16)
+        self.points = [torch.zeros(batch, size, self.dim, dtype=dtype, device=device) for size in self.padded]
+        self.potential = [torch.full((batch, size), NOTHING, device=device) for size in self.padded]
+        self.target, self.before, self.lse = ([torch.zeros_like(h) for h in self.potential] for _ in range(3))
+        self.damp, self.omega = (torch.ones(batch, device=device) for _ in range(2))
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.holds: Callable[[], Problem | None] = lambda: None
+
+    def load(self, problem: Problem) -> None:
+        for i, side in enumerate((problem, problem.swap())):
+            points = self.points[i][:, : self.sizes[i]]
+            if self.p == 2:
+                high = side.s.half()
+                low = (side.s - high).half()
+                # Products of all four pairs of halves: the two sides are laid out differently.
+                parts = (high, high, low, low) if i == 0 else (high, low, high, low)
+                for k, part in enumerate(parts):
+                    points[..., k * self.dim // 4 :][..., : part.shape[2]] = part
+            else:
+                points.copy_(side.s)
+            # What a potential would be if its log-sums were zero: the constant part of its update.
+            self._own(self.target, i).copy_(side.log_a - (1 - side.damp[:, None]) * side.q_s)
+            self.lse[i].fill_(float("nan"))  # no guess
+        self.damp.copy_(problem.damp)
+        self.holds = weakref.ref(problem)
+
+    def _own(self, pair: list[Tensor], side: int) -> Tensor:
+        return pair[side][:, : self.sizes[side]]
+
+    def log_sums(self, side: int, other: Tensor) -> Tensor:
+        """``L`` of one side from the potential of the other."""
+        self._own(self.potential, 1 - side).copy_(other)
+        self._step(side)
+        return self._own(self.lse, side).clone()
+
+    def sweeps(self, f: Tensor | None, g: Tensor, omega: Tensor, count: int) -> Sweep:
+        self._own(self.potential, 1).copy_(g)
+        self.omega.copy_(omega)
+        if f is not None:
+            self._own(self.potential, 0).copy_(f)
+        else:  # nothing to relax towards
+            self._own(self.potential, 0).zero_()
+            self.omega.fill_(1)
+            self._step(0)
+            self.omega.copy_(omega)
+            self._step(1)
+        left = count - (f is None)
+        for together in (TOGETHER, 1):
+            while left >= together:
+                self._run(together)
+                left -= together
+        before = None if f is None and count == 1 else self._own(self.before, 0).clone()
+        new_f, new_g = (self._own(self.potential, side).clone() for side in (0, 1))
+        return Sweep(before, new_f, new_g, *(self._own(self.lse, side).clone() for side in (0, 1)))
+
+    def _run(self, iterations: int) -> None:
+        if iterations in self.graphs:
+            self.graphs[iterations].replay()
+            return
+
+        def work() -> None:
+            for _ in range(iterations):
+                self._step(0)
+                self._step(1)
+
+        work()  # also compiles and loads the kernel, which no graph may do
+        if self.damp.is_cuda:
+            self.graphs[iterations] = _capture(work)
+
+    def _step(self, side: int) -> None:
+        """One half-step in place."""
+        other, n, padded = 1 - side, self.sizes[side], self.padded[side]
+        _half_step[(triton.cdiv(n, BLOCK_N), self.batch)](
+            self.points[side], self.points[other], self.potential[other], self.potential[side], self.target[side],
+            self.damp, self.omega, self.before[side], self.lse[side], n, padded, self.padded[other],
+            dim=self.dim, power=self.p, bn=BLOCK_N, bm=BLOCK_M, num_warps=WARPS, num_stages=STAGES,
+        )  # fmt: skip
+
+    def moments(self, side: int, f: Tensor, g: Tensor, values: Tensor, cost_power: int) -> Tensor:
+        """``sum_j P_ij c_ij^cost_power values_j``: values ``[B,M,V]`` -> ``[B,N,V]``; a cost power needs p = 1."""
+        other, columns = 1 - side, values.shape[2]
+        self._own(self.potential, side).copy_(f)
+        self._own(self.potential, other).copy_(g)
+        out = values.new_empty(self.batch, self.sizes[side], columns)
+        _moments[(triton.cdiv(self.sizes[side], BLOCK_N), self.batch)](
+            self.points[side], self.points[other], self.potential[side], self.potential[other], values.contiguous(),
+            out, self.sizes[side], self.sizes[other], self.padded[side], self.padded[other], columns,
+            dim=self.dim, power=self.p, bn=BLOCK_N, bm=BLOCK_M, vn=_wide(columns), cost_power=cost_power,
+        )  # fmt: skip
+        return out
 
 
-def _first_rows(problem: Problem, count: int) -> Problem:
-    return replace(problem, s=problem.s[:, :count], log_a=problem.log_a[:, :count], q_s=problem.q_s[:, :count])
+@lru_cache(maxsize=WORKSPACES)
+def _workspace(
+    batch: int, n: int, m: int, dim: int, p: int, device: torch.device, stream: int, thread: int
+) -> Workspace:
+    return Workspace(batch, n, m, dim, p, device)
+
+
+def _capture(work: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """Without the pause and the emptied cache of ``torch.cuda.graph``: nothing is allocated here, others may train."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            work()
+        finally:
+            graph.capture_end()
+    torch.cuda.current_stream().wait_stream(stream)
+    return graph
 
 
 def _wide(columns: int) -> int:

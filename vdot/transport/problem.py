@@ -40,6 +40,8 @@ class Problem:
     damp: Tensor  # rho / (rho + eps): 1 when the marginals are hard
     centre: Tensor  # [B,1,D], what was subtracted from both clouds
     p: int
+    hard: bool  # no mass may be lost: damp is 1
+    width: float  # largest norm (p = 1: coordinate) in bits; 0 inside torch.compile, where nothing looks at numbers
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -83,15 +85,10 @@ class Problem:
 
     def too_wide_for_float32(self) -> bool:
         """Whether logits are so many bits that float32 rounds them by more than 2^-8, 0.3% of a plan entry."""
-        if self.s.dtype == torch.float64 or self.s.device.type == "mps" or torch.compiler.is_compiling():
-            return False
-        return bool(
-            torch.maximum(self.s.abs().amax(), self.q_s.amax()).maximum(self.t.abs().amax().maximum(self.q_t.amax()))
-            > 2**15
-        )
+        return self.s.dtype != torch.float64 and self.s.device.type != "mps" and self.width > 2**15
 
 
-PROBLEM_TENSORS = tuple(k.name for k in fields(Problem) if k.name != "p")
+PROBLEM_TENSORS = tuple(k.name for k in fields(Problem) if k.type is Tensor)
 
 
 def _distance(s: Tensor, t: Tensor) -> Tensor:
@@ -103,7 +100,7 @@ def working_clouds(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Check ``x [B,N,D]``, ``y [B,M,D]``; make them float32 (float64 stays), centred; also what was subtracted.
 
     Raises:
-        InputError: wrong rank, empty clouds, sizes that do not match, values that are not finite.
+        InputError: wrong rank, empty clouds, sizes that do not match.
     """
     if (
         x.ndim != 3
@@ -118,8 +115,6 @@ def working_clouds(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         )
     dtype = torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
     x, y = x.detach().to(dtype), y.detach().to(dtype)
-    if not torch.compiler.is_compiling() and not bool(torch.isfinite(x).all() & torch.isfinite(y).all()):
-        raise InputError("the clouds hold NaN or Inf: fix the latents before transporting them")
     # Both costs ignore a common translation, and float32 does not: without this, clouds around 1000 lose all digits.
     centre = 0.5 * (x.mean(1, keepdim=True) + y.mean(1, keepdim=True))
     return x - centre, y - centre, centre
@@ -159,7 +154,8 @@ def build(
     """Scale centred clouds ``x [B,N,D]``, ``y [B,M,D]`` by ``eps [B]``. Balanced weights are normalised to mass one.
 
     Raises:
-        InputError: a power other than 1 or 2, strengths that are not positive, or clouds too wide for their eps.
+        InputError: clouds that are not finite, a power other than 1 or 2, strengths that are not positive, or clouds
+            too wide for their eps.
     """
     if p not in (1, 2):
         raise InputError(f"the cost |x - y|^p is implemented for p = 1 and p = 2, got {p}")
@@ -174,12 +170,17 @@ def build(
         if p == 2
         else (s.new_zeros(s.shape[:2]), t.new_zeros(t.shape[:2]))
     )
-    if not torch.compiler.is_compiling():
-        spread = q_s.amax() + q_t.amax() if p == 2 else s.abs().amax() + t.abs().amax()
-        if not bool((eps > 0).all() & torch.isfinite(spread)):
+    width = 0.0
+    if not torch.compiler.is_compiling():  # one look for all: each waits for the device
+        extents = (q_s, q_t) if p == 2 else (s.abs(), t.abs())
+        weakest, *widths = torch.stack([eps.amin(), *(z.amax() for z in extents)]).tolist()
+        width = max(widths)
+        if not all(map(math.isfinite, widths)) and not bool(torch.isfinite(x).all() & torch.isfinite(y).all()):
+            raise InputError("the clouds hold NaN or Inf: fix the latents before transporting them")
+        if not (weakest > 0 and math.isfinite(sum(widths))):
             raise InputError(
                 "eps must be positive and not so small that cost / eps overflows: raise eps or shrink the clouds"
             )
     damp = torch.ones_like(eps) if reach is None else reach**p / (reach**p + eps)
     log_a, log_b = (_log_weights(w, c, reach is None) for w, c in zip(weights, (x, y), strict=True))
-    return Problem(s, t, log_a, log_b, q_s, q_t, unit, scale, damp, centre, p)
+    return Problem(s, t, log_a, log_b, q_s, q_t, unit, scale, damp, centre, p, reach is None, width)

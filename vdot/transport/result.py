@@ -89,8 +89,8 @@ def _dual(problem: Problem, phi: Tensor, psi: Tensor, mass: Tensor) -> Tensor:
     eps, damp = problem.unit.to(mass) / LN2, problem.damp.to(mass)
     a, b = problem.log_a.to(mass).exp2(), problem.log_b.to(mass).exp2()
     phi, psi = phi.to(mass), psi.to(mass)
-    if bool((damp < 1).all()):
-        rho = (eps * damp / (1 - damp))[:, None]
+    if not problem.hard:
+        rho = (eps * damp / (1 - damp).clamp_min(1e-12))[:, None]  # rounded to 1, damping is none
         phi, psi = (-rho * torch.expm1((-h / rho).clamp(max=80)) for h in (phi, psi))
     return (a * phi).sum(1) + (b * psi).sum(1) - eps * (mass - a.sum(1) * b.sum(1))
 
@@ -103,7 +103,11 @@ def to_gradient(problem: Problem, moments: Tensor) -> Tensor:
 
 def join(parts: tuple[Transport, ...], problem: Problem, dtype: torch.dtype) -> Transport:
     """Groups of a batch into one Transport, floating results in ``dtype``."""
-    joined = {k: torch.cat([getattr(part, k) for part in parts]) for k in _TENSORS}
+    joined = {k: _cat([getattr(part, k) for part in parts]) for k in _TENSORS}
     rounded = {k: v.to(dtype) if v.is_floating_point() else v for k, v in joined.items()}
-    f, g = (torch.cat([part._reduced[side] for part in parts]) for side in (0, 1))
+    f, g = (_cat([part._reduced[side] for part in parts]) for side in (0, 1))
     return Transport(**rounded, _problem=problem, _reduced=(f, g))
+
+
+def _cat(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

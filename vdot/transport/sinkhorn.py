@@ -219,8 +219,9 @@ def _solve(x: Tensor, y: Tensor, options: _Options, unrolled: bool = False) -> t
         engine, size = choose_engine(problem, options.engine, options.memory_mb)
         solved = []
         for i in range(0, problem.shape[0], size):
-            part = slice(i, i + size)
-            group = replace(problem, **{k: getattr(problem, k)[part] for k in PROBLEM_TENSORS})
+            part, group = slice(i, i + size), problem
+            if size < problem.shape[0]:
+                group = replace(problem, **{k: getattr(problem, k)[part] for k in PROBLEM_TENSORS})
             start_psi = None if psi is None else psi[part]
             if options.eps_scaling is not None:
                 start_psi = _scaled_start(group, start_psi, options.eps_scaling, engine)
@@ -232,7 +233,10 @@ def _solve(x: Tensor, y: Tensor, options: _Options, unrolled: bool = False) -> t
 def _pose(x: Tensor, y: Tensor, options: _Options) -> tuple[Problem, torch.dtype]:
     """The problem in working precision, and the precision of its results."""
     x, y, centre = working_clouds(x, y)
-    eps = torch.as_tensor(options.eps, dtype=x.dtype, device=x.device).expand(x.shape[0])
+    if isinstance(options.eps, Tensor):
+        eps = options.eps.to(x).expand(x.shape[0])
+    else:
+        eps = x.new_full(x.shape[:1], options.eps)  # made on the device: copying a number there waits for it
     if options.eps_mode == "relative":
         eps = eps * mean_cost(x, y, options.p).clamp_min(1e-6)
     rest = (options.p, options.weights or (None, None), options.reach)
@@ -289,7 +293,8 @@ def choose_engine(problem: Problem, name: str, memory_mb: int | None) -> tuple[E
     budget = (memory_mb or (16 if on_cpu else 256)) * 2**20
     matrix = n * m * problem.s.element_size()
     if name == "auto":
-        if problem.s.is_cuda and problem.s.dtype == torch.float32 and _has_triton() and not compiling:
+        fits = problem.s.dtype == torch.float32 and problem.s.shape[2] <= 64  # wider blocks outgrow shared memory
+        if problem.s.is_cuda and fits and _has_triton() and not compiling:
             name = "triton"
         else:
             name = "cached" if matrix <= budget and not compiling else "streamed"
