@@ -114,8 +114,9 @@ def engines(scale: float = 1.0) -> tuple:
 
 
 @parent
-@pytest.mark.parametrize("kernel", ["_half_step", "_moments"])
-def test_compiles_for_hopper_with_tensor_cores(kernel):
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("kernel", ["_half_step", "_moments", "_prepare"])
+def test_compiles_for_hopper_with_tensor_cores(kernel, p):
     """Machine code for sm_90, made without a GPU: dot products of halves on tensor cores, the fast exponential."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -124,16 +125,23 @@ def test_compiles_for_hopper_with_tensor_cores(kernel):
     from vdot.transport import kernels
 
     function = getattr(kernels, kernel)
-    constants = {"dim": 64, "power": 2, "bn": kernels.BLOCK_N, "bm": kernels.BLOCK_M}
-    if kernel == "_moments":
-        constants |= {"vn": 32, "cost_power": 0}
+    constants = {"wide": 16, "power": p, "bn": kernels.BLOCK_N, "bm": kernels.BLOCK_M}
+    constants |= {"dim": 16, "vn": 32, "cost_power": 0 if p == 2 else -1}
+    constants = {name: value for name, value in constants.items() if name in function.arg_names}
+    points = dict.fromkeys(
+        ("points_ptr",) if kernel == "_prepare" else ("s_ptr", "t_ptr"), "*fp16" if p == 2 else "*fp32"
+    )
     kinds = {a: "*fp32" if a.endswith("_ptr") else "i32" for a in function.arg_names}
-    kinds |= dict.fromkeys(constants, "constexpr") | {"s_ptr": "*fp16", "t_ptr": "*fp16"}
-    source = ASTSource(function, kinds, constexprs=constants)
+    kinds |= dict.fromkeys(constants, "constexpr") | points
+    # As at launch: memory begins, and padded rows are long, at multiples of 16.
+    even = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(function.arg_names) if a.endswith(("_ptr", "_pad"))}
+    source = ASTSource(function, kinds, constexprs=constants, attrs=even)
     options = {"num_warps": kernels.WARPS, "num_stages": kernels.STAGES}
     code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    assert "f32.f16.f16" in code.asm["ptx"] and "ex2.approx.ftz" in code.asm["ptx"]
+    ptx = code.asm["ptx"]
     assert code.metadata.shared < 100 * 1024
+    if kernel != "_prepare":
+        assert "ex2.approx.ftz" in ptx and ("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16" in ptx) == (p == 2)
 
 
 @parent

@@ -51,6 +51,8 @@ def marginal_gap(problem: Problem, potential: Tensor, mass: Tensor) -> Tensor:
     that the same number measures convergence. For the other side pass ``problem.swap()``.
     """
     weight = problem.log_a.exp2()
+    if problem.hard:
+        return (mass - weight).abs().sum(1)
     damp = problem.damp[:, None]
     soft = ((1 - damp) / damp * (potential + problem.q_s - problem.log_a)).clamp(-100, 100)
     return (mass - weight * (-soft).exp2()).abs().sum(1) / weight.sum(1)

@@ -41,34 +41,61 @@ WORKSPACES = 8
 
 
 @triton.jit
+def _points(s_ptr, rows, wide: tl.constexpr, power: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A block's high halves twice side by side, and its low halves twice."""
+    if power == 2:
+        k = tl.arange(0, 2 * wide) % wide
+        at = s_ptr + rows[:, None] * (2 * wide) + k[None, :]
+        return tl.load(at), tl.load(at + wide)
+    else:
+        return 0.0, 0.0  # p = 1 reads one coordinate at a time
+
+
+@triton.jit
 def _logits(  # type: ignore[no-untyped-def]
-    s, base, s_ptr, t_ptr, rows, cols, dim: tl.constexpr, power: tl.constexpr
+    high, low, base, s_ptr, t_ptr, rows, cols, wide: tl.constexpr, power: tl.constexpr
 ):
     """Block ``[BN,BM]`` of base + Z. p = 1 sums squared differences: the expansion would lose near-duplicates."""
     if power == 2:
-        t = tl.load(t_ptr + cols[None, :] * dim + tl.arange(0, dim)[:, None])
-        z = tl.dot(s, t, base)
+        t = tl.load(t_ptr + cols[None, :] * (2 * wide) + tl.arange(0, 2 * wide)[:, None])
+        z = tl.dot(high, t, tl.dot(low, t, base))
     else:
         z = tl.zeros((rows.shape[0], cols.shape[0]), tl.float32)
-        for k in tl.static_range(dim):
-            x, y = tl.load(s_ptr + rows * dim + k), tl.load(t_ptr + cols * dim + k)
+        for k in tl.static_range(wide):
+            x, y = tl.load(s_ptr + rows * wide + k), tl.load(t_ptr + cols * wide + k)
             z += (x[:, None] - y[None, :]) * (x[:, None] - y[None, :])
         z = base - tl.sqrt(z)
     return z
 
 
 @triton.jit
-def _points(s_ptr, rows, dim: tl.constexpr, power: tl.constexpr):  # type: ignore[no-untyped-def]
+def _prepare(  # type: ignore[no-untyped-def]
+    s_ptr, log_a_ptr, q_ptr, damp_ptr, points_ptr, target_ptr, lse_ptr, n, n_pad,
+    dim: tl.constexpr, wide: tl.constexpr, power: tl.constexpr, bn: tl.constexpr,
+):  # fmt: skip
+    """Points as halves, ``[high, low]``; what a potential would be if its log-sums were zero; no guess of those."""
+    b = tl.program_id(1).to(tl.int64)
+    rows = tl.program_id(0) * bn + tl.arange(0, bn)
+    keep = rows < n
+    k = tl.arange(0, wide)
+    s = tl.load(s_ptr + (b * n + rows[:, None]) * dim + k[None, :], keep[:, None] & (k[None, :] < dim), 0.0)
     if power == 2:
-        return tl.load(s_ptr + rows[:, None] * dim + tl.arange(0, dim)[None, :])
+        high = s.to(tl.float16)
+        at = points_ptr + (b * n_pad + rows[:, None]) * (2 * wide) + k[None, :]
+        tl.store(at, high)
+        tl.store(at + wide, (s - high.to(tl.float32)).to(tl.float16))
     else:
-        return 0.0  # p = 1 reads one coordinate at a time
+        tl.store(points_ptr + (b * n_pad + rows[:, None]) * dim + k[None, :], s, k[None, :] < dim)
+    target = tl.load(log_a_ptr + b * n + rows, keep, 0.0)
+    target -= (1 - tl.load(damp_ptr + b)) * tl.load(q_ptr + b * n + rows, keep, 0.0)
+    tl.store(target_ptr + b * n_pad + rows, target)
+    tl.store(lse_ptr + b * n_pad + rows, tl.full((bn,), float("nan"), tl.float32))
 
 
 @triton.jit
 def _half_step(  # type: ignore[no-untyped-def]
     s_ptr, t_ptr, g_ptr, f_ptr, target_ptr, damp_ptr, omega_ptr, before_ptr, lse_ptr, n, n_pad, m_pad,
-    dim: tl.constexpr, power: tl.constexpr, bn: tl.constexpr, bm: tl.constexpr,
+    wide: tl.constexpr, power: tl.constexpr, bn: tl.constexpr, bm: tl.constexpr,
 ):  # fmt: skip
     """``L_i = log2 sum_j 2^(Z_ij + g_j)``, f to before, ``f_i + omega (target_i - damp L_i - f_i)`` to f, in a block.
 
@@ -77,24 +104,26 @@ def _half_step(  # type: ignore[no-untyped-def]
     b = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * bn + tl.arange(0, bn)
     cols = tl.arange(0, bm)
-    s_ptr += b * n_pad * dim
-    t_ptr += b * m_pad * dim
+    width: tl.constexpr = 2 * wide if power == 2 else wide
+    s_ptr += b * n_pad * width
+    t_ptr += b * m_pad * width
     g_ptr += b * m_pad
     at = b * n_pad + rows
-    s = _points(s_ptr, rows, dim, power)
+    high, low = _points(s_ptr, rows, wide, power)
     middle = tl.load(lse_ptr + at)
-    parts = tl.zeros((bn, bm), tl.float32)
+    total = tl.zeros((bn,), tl.float32)
+    g = tl.load(g_ptr + cols)
     for start in range(0, m_pad, bm):
-        base = tl.load(g_ptr + start + cols)[None, :] - middle[:, None]
-        parts += tl.exp2(_logits(s, base, s_ptr, t_ptr, rows, start + cols, dim, power))
-    total = tl.sum(parts, 1)
+        base = g[None, :] - middle[:, None]
+        g = tl.load(g_ptr + start + bm + cols)  # a block ahead: nothing waits for it
+        total += tl.sum(tl.exp2(_logits(high, low, base, s_ptr, t_ptr, rows, start + cols, wide, power)), 1)
     keep = rows < n
     if tl.sum((((total > 2.0**-60) & (total < 2.0**60)) | (rows >= n)).to(tl.int32)) < bn:  # NaN compares false
         middle = tl.full((bn,), -3.0e38, tl.float32)
         total = tl.zeros((bn,), tl.float32)
         for start in range(0, m_pad, bm):
             base = tl.zeros((bn, bm), tl.float32) + tl.load(g_ptr + start + cols)[None, :]
-            z = _logits(s, base, s_ptr, t_ptr, rows, start + cols, dim, power)
+            z = _logits(high, low, base, s_ptr, t_ptr, rows, start + cols, wide, power)
             higher = tl.maximum(middle, tl.max(z, 1))
             total = total * tl.exp2(middle - higher) + tl.sum(tl.exp2(z - higher[:, None]), 1)
             middle = higher
@@ -108,32 +137,31 @@ def _half_step(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _moments(  # type: ignore[no-untyped-def]
-    s_ptr, t_ptr, f_ptr, g_ptr, v_ptr, out_ptr, n, m, n_pad, m_pad, columns,
-    dim: tl.constexpr, power: tl.constexpr, bn: tl.constexpr, bm: tl.constexpr,
-    vn: tl.constexpr, cost_power: tl.constexpr,
+    s_ptr, t_ptr, f_ptr, g_ptr, v_ptr, out_ptr, n, n_pad, m_pad, columns,
+    wide: tl.constexpr, power: tl.constexpr, bn: tl.constexpr, bm: tl.constexpr, vn: tl.constexpr,
+    cost_power: tl.constexpr,
 ):  # fmt: skip
-    """``sum_j 2^(f_i + Z_ij + g_j) c_ij^cost_power V_jk`` -> out ``[N,columns]`` for one block of rows."""
+    """``sum_j 2^(f_i + Z_ij + g_j) c_ij^cost_power V_kj`` -> out ``[N,columns]`` for one block of rows."""
     b = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * bn + tl.arange(0, bn)
     k = tl.arange(0, vn)
-    s_ptr += b * n_pad * dim
-    t_ptr += b * m_pad * dim
-    s = _points(s_ptr, rows, dim, power)
+    width: tl.constexpr = 2 * wide if power == 2 else wide
+    s_ptr += b * n_pad * width
+    t_ptr += b * m_pad * width
+    v_ptr += b * m_pad * vn
+    high, low = _points(s_ptr, rows, wide, power)
     f = tl.load(f_ptr + b * n_pad + rows)
     acc = tl.zeros((bn, vn), tl.float32)
     for start in range(0, m_pad, bm):
         cols = start + tl.arange(0, bm)
-        zero = tl.zeros((bn, bm), tl.float32)
-        z = _logits(s, zero, s_ptr, t_ptr, rows, cols, dim, power)
+        z = _logits(high, low, tl.zeros((bn, bm), tl.float32), s_ptr, t_ptr, rows, cols, wide, power)
         plan = tl.exp2(tl.minimum(f[:, None] + z + tl.load(g_ptr + b * m_pad + cols)[None, :], 60.0))
         if cost_power == 1:
             plan *= -z
         if cost_power == -1:
             plan = tl.where(z < 0, plan / tl.where(z < 0, -z, 1.0), 0.0)
-        v = tl.load(
-            v_ptr + (b * m + cols[:, None]) * columns + k[None, :], (cols[:, None] < m) & (k[None, :] < columns), 0.0
-        )
-        acc += tl.dot(plan, v, input_precision="tf32x3")
+        # Along j first: what tensor cores want of float32, and what is copied in wide pieces.
+        acc += tl.dot(plan, tl.load(v_ptr + k[None, :] * m_pad + cols[:, None]), input_precision="tf32x3")
     tl.store(
         out_ptr + (b * n + rows[:, None]) * columns + k[None, :], acc, (rows[:, None] < n) & (k[None, :] < columns)
     )
@@ -174,7 +202,7 @@ class TritonEngine(Streamed):
         return self.space.sweeps(f, g, omega, count)
 
     def _apply(self, problem: Problem, f: Tensor, g: Tensor, v: Tensor) -> Tensor:
-        return self.space.moments(int(problem is self.swapped), f, g, v[..., None], 0)[..., 0]
+        return self.space.moments(int(problem is self.swapped), f, g, v[:, None], 0)[..., 0]
 
     def weigh(
         self,
@@ -190,7 +218,7 @@ class TritonEngine(Streamed):
             return super().weigh(f, g, affine=affine, low_rank=low_rank, power=power, swap=swap)
         problem = self.swapped if swap else self.problem
         f, g = (g, f) if swap else (f, g)
-        values = torch.cat([torch.ones_like(problem.q_t)[..., None], problem.q_t[..., None], problem.t], 2)
+        values = torch.cat([torch.ones_like(problem.q_t)[:, None], problem.q_t[:, None], problem.t.mT], 1)
         return self.space.moments(int(swap), f, g, values, power)
 
 
@@ -201,62 +229,66 @@ class Workspace:
     """
 
     def __init__(self, batch: int, n: int, m: int, dim: int, p: int, device: torch.device) -> None:
-        self.batch, self.sizes, self.p = batch, (n, m), p
+        self.batch, self.sizes, self.p, self.dim = batch, (n, m), p, dim
         self.padded = tuple(triton.cdiv(size, PAD) * PAD for size in self.sizes)
-        self.dim, dtype = (dim, torch.float32) if p == 1 else (4 * _wide(dim), torch.float16)
-        self.points = [torch.zeros(batch, size, self.dim, dtype=dtype, device=device) for size in self.padded]
-        self.potential = [torch.full((batch, size), NOTHING, device=device) for size in self.padded]
-        self.target, self.before, self.lse = ([torch.zeros_like(h) for h in self.potential] for _ in range(3))
+        self.wide, dtype, halves = (dim, torch.float32, 1) if p == 1 else (_wide(dim), torch.float16, 2)
+        self.points = [torch.zeros(batch, size, halves * self.wide, dtype=dtype, device=device) for size in self.padded]
+        self.target = [torch.zeros(batch, size, device=device) for size in self.padded]
         self.damp, self.omega = (torch.ones(batch, device=device) for _ in range(2))
+        # Potentials, those before the last half-step and log-sums in one piece: one copy takes them all out, and what a
+        # half-step reads ahead of the last potential is still memory.
+        self.state = torch.full((3 * batch * sum(self.padded),), NOTHING, device=device)
+        self.potential, self.before, self.lse = self._parts(self.state)
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.holds: Callable[[], Problem | None] = lambda: None
+        self.known: tuple[Tensor | None, ...] = (None, None)  # the potentials last handed out, still in place
+
+    def _parts(self, state: Tensor) -> list[list[Tensor]]:
+        sizes = [self.batch * size for size in self.padded]
+        parts = iter(state.split(3 * sizes))
+        return [[next(parts).view(self.batch, size) for size in self.padded] for _ in range(3)]
 
     def load(self, problem: Problem) -> None:
-        for i, side in enumerate((problem, problem.swap())):
-            points = self.points[i][:, : self.sizes[i]]
-            if self.p == 2:
-                high = side.s.half()
-                low = (side.s - high).half()
-                # Products of all four pairs of halves: the two sides are laid out differently.
-                parts = (high, high, low, low) if i == 0 else (high, low, high, low)
-                for k, part in enumerate(parts):
-                    points[..., k * self.dim // 4 :][..., : part.shape[2]] = part
-            else:
-                points.copy_(side.s)
-            # What a potential would be if its log-sums were zero: the constant part of its update.
-            self._own(self.target, i).copy_(side.log_a - (1 - side.damp[:, None]) * side.q_s)
-            self.lse[i].fill_(float("nan"))  # no guess
         self.damp.copy_(problem.damp)
-        self.holds = weakref.ref(problem)
+        for i, side in enumerate((problem, problem.swap())):
+            _prepare[(triton.cdiv(self.padded[i], BLOCK_N), self.batch)](
+                side.s.contiguous(), side.log_a.contiguous(), side.q_s.contiguous(), self.damp, self.points[i],
+                self.target[i], self.lse[i], self.sizes[i], self.padded[i],
+                dim=self.dim, wide=_wide(self.dim), power=self.p, bn=BLOCK_N,
+            )  # fmt: skip
+        self.holds, self.known = weakref.ref(problem), (None, None)
 
     def _own(self, pair: list[Tensor], side: int) -> Tensor:
         return pair[side][:, : self.sizes[side]]
 
     def log_sums(self, side: int, other: Tensor) -> Tensor:
         """``L`` of one side from the potential of the other."""
+        self.known = (None, None)
         self._own(self.potential, 1 - side).copy_(other)
         self._step(side)
         return self._own(self.lse, side).clone()
 
     def sweeps(self, f: Tensor | None, g: Tensor, omega: Tensor, count: int) -> Sweep:
-        self._own(self.potential, 1).copy_(g)
-        self.omega.copy_(omega)
-        if f is not None:
-            self._own(self.potential, 0).copy_(f)
-        else:  # nothing to relax towards
-            self._own(self.potential, 0).zero_()
+        if f is None or f is not self.known[0] or g is not self.known[1]:
+            self._own(self.potential, 0).copy_(torch.zeros(()) if f is None else f)
+            self._own(self.potential, 1).copy_(g)
+        left = count
+        if f is None:  # nothing to relax towards
             self.omega.fill_(1)
             self._step(0)
-            self.omega.copy_(omega)
+        self.omega.copy_(omega)
+        if f is None:
             self._step(1)
-        left = count - (f is None)
+            left -= 1
         for together in (TOGETHER, 1):
             while left >= together:
                 self._run(together)
                 left -= together
-        before = None if f is None and count == 1 else self._own(self.before, 0).clone()
-        new_f, new_g = (self._own(self.potential, side).clone() for side in (0, 1))
-        return Sweep(before, new_f, new_g, *(self._own(self.lse, side).clone() for side in (0, 1)))
+        potential, before, lse = (
+            [self._own(pair, side) for side in (0, 1)] for pair in self._parts(self.state.clone())
+        )
+        self.known = tuple(potential)
+        return Sweep(None if f is None and count == 1 else before[0], *potential, *lse)
 
     def _run(self, iterations: int) -> None:
         if iterations in self.graphs:
@@ -278,19 +310,22 @@ class Workspace:
         _half_step[(triton.cdiv(n, BLOCK_N), self.batch)](
             self.points[side], self.points[other], self.potential[other], self.potential[side], self.target[side],
             self.damp, self.omega, self.before[side], self.lse[side], n, padded, self.padded[other],
-            dim=self.dim, power=self.p, bn=BLOCK_N, bm=BLOCK_M, num_warps=WARPS, num_stages=STAGES,
+            wide=self.wide, power=self.p, bn=BLOCK_N, bm=BLOCK_M, num_warps=WARPS, num_stages=STAGES,
         )  # fmt: skip
 
     def moments(self, side: int, f: Tensor, g: Tensor, values: Tensor, cost_power: int) -> Tensor:
-        """``sum_j P_ij c_ij^cost_power values_j``: values ``[B,M,V]`` -> ``[B,N,V]``; a cost power needs p = 1."""
-        other, columns = 1 - side, values.shape[2]
+        """``sum_j P_ij c_ij^cost_power values_kj``: values ``[B,V,M]`` -> ``[B,N,V]``; a cost power needs p = 1."""
+        self.known = (None, None)
+        other, columns = 1 - side, values.shape[1]
         self._own(self.potential, side).copy_(f)
         self._own(self.potential, other).copy_(g)
+        padded = values.new_zeros(self.batch, _wide(columns), self.padded[other])
+        padded[:, :columns, : self.sizes[other]] = values
         out = values.new_empty(self.batch, self.sizes[side], columns)
         _moments[(triton.cdiv(self.sizes[side], BLOCK_N), self.batch)](
-            self.points[side], self.points[other], self.potential[side], self.potential[other], values.contiguous(),
-            out, self.sizes[side], self.sizes[other], self.padded[side], self.padded[other], columns,
-            dim=self.dim, power=self.p, bn=BLOCK_N, bm=BLOCK_M, vn=_wide(columns), cost_power=cost_power,
+            self.points[side], self.points[other], self.potential[side], self.potential[other], padded, out,
+            self.sizes[side], self.padded[side], self.padded[other], columns,
+            wide=self.wide, power=self.p, bn=BLOCK_N, bm=BLOCK_M, vn=_wide(columns), cost_power=cost_power,
         )  # fmt: skip
         return out
 
