@@ -269,9 +269,13 @@ class Workspace:
         return self._own(self.lse, side).clone()
 
     def sweeps(self, f: Tensor | None, g: Tensor, omega: Tensor, count: int) -> Sweep:
-        if f is None or f is not self.known[0] or g is not self.known[1]:
-            self._own(self.potential, 0).copy_(torch.zeros(()) if f is None else f)
-            self._own(self.potential, 1).copy_(g)
+        mine, others = (self._own(self.potential, side) for side in (0, 1))
+        if f is None:
+            mine.zero_()
+        elif f is not self.known[0]:
+            mine.copy_(f)
+        if g is not self.known[1]:
+            others.copy_(g)
         left = count
         if f is None:  # nothing to relax towards
             self.omega.fill_(1)
