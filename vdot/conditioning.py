@@ -71,8 +71,8 @@ def mask_latents(mask: Tensor) -> Tensor:
     """
     frames = mask.shape[0]
     n = (frames + 3) // 4
-    picked = [int((k + 0.5) * frames / n) for k in range(n)]
-    return rearrange(mask[picked], "t (y i) (x j) -> (i j) t y x", i=MASK_CELL, j=MASK_CELL)
+    picked = torch.stack([mask[int((k + 0.5) * frames / n)] for k in range(n)])  # a list of indices would be copied
+    return rearrange(picked, "t (y i) (x j) -> (i j) t y x", i=MASK_CELL, j=MASK_CELL)
 
 
 def _encode(vae: Encoder, video: Tensor) -> Tensor:
@@ -83,14 +83,19 @@ def _encode(vae: Encoder, video: Tensor) -> Tensor:
     return vae.encode(video[None])[0].float()
 
 
-def split_clips(condition: Condition) -> tuple[list[Tensor], Tensor]:
-    """Clips ``[3, T, H, W]`` that the VAE is given: inactive, reactive and the references; the mask ``[T, H, W]``."""
+def split_clips(condition: Condition, device: torch.device | str = "cpu") -> tuple[list[Tensor], Tensor]:
+    """Clips ``[3, T, H, W]`` that the VAE is given: inactive, reactive and the references; the mask ``[T, H, W]``.
+
+    ``device``: where the clips of a condition without a source are made; those of others stay where the source is.
+    """
     clip = (condition.frames, condition.height, condition.width)
-    nothing = torch.zeros(3, *clip, device=None if condition.source is None else condition.source.device)
+    if condition.source is not None:
+        device = condition.source.device
+    nothing = torch.zeros(3, *clip, device=device)
     if condition.source is None:
-        inactive, reactive, mask = nothing, nothing, torch.ones(clip)
+        inactive, reactive, mask = nothing, nothing, torch.ones(clip, device=device)
     elif condition.mask is None:
-        inactive, reactive, mask = nothing, condition.source, torch.ones(clip)
+        inactive, reactive, mask = nothing, condition.source, torch.ones(clip, device=device)
     else:
         mask = condition.mask
         changes = (mask > MASK_THRESHOLD).float()
@@ -112,13 +117,18 @@ def encode_context(
     parts, mask = split_clips(condition)
     clips = (clip.to(device) for clip in parts)
     encoded = [_encode(vae, clip) for clip in clips] if encode_clips is None else encode_clips(list(clips))
-    latents, lead = torch.cat(encoded[:2]), encoded[2:]
-    context = torch.cat([latents, mask_latents(mask.to(device))])
+    return join_latents(encoded, mask.to(device))[None]
+
+
+def join_latents(encoded: Sequence[Tensor], mask: Tensor) -> Tensor:
+    """Latents of the clips of :func:`split_clips`, and its mask -> the context ``[96, R + F, H/8, W/8]``."""
+    latents, lead = torch.cat(list(encoded[:2])), encoded[2:]
+    context = torch.cat([latents, mask_latents(mask)])
     if not lead:
-        return context[None]
+        return context
     # A reference has no reactive part, and its mask is 0: keep.
     leading = torch.cat([torch.cat([r, r.new_zeros(80, *r.shape[1:])]) for r in lead], dim=1)
-    return torch.cat([leading, context], dim=1)[None]
+    return torch.cat([leading, context], dim=1)
 
 
 def feather(mask: np.ndarray, radius: float) -> np.ndarray:

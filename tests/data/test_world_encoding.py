@@ -6,10 +6,12 @@ import torch
 from tests.conftest import TINY
 from vdot.data import encoding
 from vdot.data.dataset import EncodedSource
+from vdot.data.decoding import widen
 from vdot.data.encoding import EncodeConfig, encode_table
-from vdot.data.world import WorldConfig, WorldSource
+from vdot.data.world import WorldConfig, WorldSource, draw_pixels
 from vdot.errors import ConfigError
 from vdot.parallel.state import Ranks
+from vdot.video import to_model
 
 # A control, several references, a mask with a reference.
 TASKS = ["depth", "r2v_several", "swap_anything"]
@@ -39,6 +41,30 @@ def test_encoded_clips_are_those_drawn_live(encode, encoder, tmp_path, workers):
         for mine, other in ((a.text, b.text), (a.context[:, :, :], b.context), (a.real, b.real)):
             torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
         assert torch.equal(a.context[32:], b.context[32:]) and a.references == b.references
+
+
+def test_how_many_go_together_does_not_matter(encode, encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(encoder, "together", 2)
+    monkeypatch.setattr(encoding, "TOGETHER_ON_CPU", 3)
+    world, _ = encode(5, workers=0)
+    stored, live = EncodedSource(tmp_path / "w"), WorldSource(world, encoder, "")
+    for index in range(5):
+        a, b = stored.load(index), live.load(index)
+        torch.testing.assert_close(a.context, b.context, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(a.real, b.real, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tasks", [[*TASKS, "t2v"], ["r2v_several"]])
+def test_rows_are_widened_together_as_each_alone(tasks):
+    world = WorldConfig(4, 32, 5, tasks, seed=3)
+    rows = [draw_pixels(world, i, task) for i, task in enumerate(tasks)]
+    for row, condition, real in zip(rows, *widen(rows, torch.device("cpu")), strict=True):
+        alone = row.condition()
+        assert condition.frames == 5 and (condition.height, condition.width) == (32, 32)
+        assert len(condition.references) == len(alone.references)
+        pairs = [(condition.source, alone.source), (condition.mask, alone.mask), (real, to_model(row.real))]
+        for mine, other in [*pairs, *zip(condition.references, alone.references, strict=True)]:
+            assert mine is other is None or torch.equal(mine, other)
 
 
 def test_more_clips_of_the_same_world_go_on(encode, tmp_path):

@@ -121,6 +121,15 @@ def test_steps_and_slices_do_not_matter(vae: WanVAE, monkeypatch: pytest.MonkeyP
         assert gap(vae.decode(latents), pixels) < ROUNDING
 
 
+def test_a_narrow_network_takes_more_pixels_at_once(vae: WanVAE, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vae, "counts_for", "cuda")
+    width = vae.model.config.base_dim
+    monkeypatch.setattr(module, "WIDTH", width)
+    assert (vae._step_frames(1, 480, 832), vae._step_frames(1, 480, 416)) == (1, 2)
+    monkeypatch.setattr(module, "WIDTH", 6 * width)
+    assert (vae._step_frames(1, 480, 832), vae._step_frames(1, 480, 416)) == (6, 8)
+
+
 # -- tiles ----------------------------------------------------------------------------------------------------------
 
 

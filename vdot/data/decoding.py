@@ -4,15 +4,17 @@ import multiprocessing
 import signal
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import islice
 from multiprocessing.connection import Connection
 from queue import LifoQueue
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from vdot.conditioning import Condition
 from vdot.data.manifest import Layout, Row, check_real
@@ -46,6 +48,35 @@ class Pixels:
         mask = None if self.mask is None else torch.from_numpy(self.mask).to(device).float().div_(255)
         references = [torch.from_numpy(reference).to(device) for reference in self.references]
         return Condition(self.frames, self.height, self.width, source, mask, references)
+
+
+def widen(rows: Sequence[Pixels], device: torch.device) -> tuple[list[Condition], list[Tensor | None]]:
+    """Conditions and real clips of rows of one size, as :meth:`Pixels.condition` and ``to_model`` make them.
+
+    They cross to the device in three copies, not in some for each row.
+    """
+    clips = [clip for row in rows for clip in (row.source, row.real)]
+    videos = _at_once(clips, lambda whole: to_model(whole, device), 0, 1)
+    masks = _at_once([row.mask for row in rows], lambda whole: torch.from_numpy(whole).to(device).float().div_(255), 0)
+    pictures = [reference for row in rows for reference in row.references]
+    references = _at_once(pictures, lambda whole: torch.from_numpy(whole).to(device), 1)
+    conditions, reals = [], []
+    for row, mask in zip(rows, masks, strict=True):
+        source, real = next(videos), next(videos)
+        lead = [reference for reference in islice(references, len(row.references)) if reference is not None]
+        conditions.append(Condition(row.frames, row.height, row.width, source, mask, lead))
+        reals.append(real)
+    return conditions, reals
+
+
+def _at_once(
+    parts: Sequence[np.ndarray | None], move: Callable[[np.ndarray], Tensor], axis: int, moved: int | None = None
+) -> Iterator[Tensor | None]:
+    """``move`` of parts joined along ``axis``, cut up again along that or ``moved``; what is not there stays None."""
+    there = [part for part in parts if part is not None]
+    lengths = [part.shape[axis] for part in there]
+    pieces = iter(move(np.concatenate(there, axis)).split(lengths, axis if moved is None else moved) if there else ())
+    return (None if part is None else next(pieces) for part in parts)
 
 
 def decode(row: Row, layout: Layout) -> Pixels:

@@ -24,9 +24,9 @@ from vdot.checkpoints import inspect_checkpoint, load_text_encoder, load_vae
 from vdot.checkpoints.layouts import find_layout
 from vdot.checkpoints.loading import Weights, read_headers
 from vdot.checkpoints.reading import Rows
-from vdot.conditioning import encode_context, split_clips
+from vdot.conditioning import encode_context, join_latents, split_clips
 from vdot.data.batch import Example
-from vdot.data.decoding import Pixels, Workers, decode
+from vdot.data.decoding import Pixels, Workers, decode, widen
 from vdot.data.manifest import BadRow, Entry, Layout, Row, TableConfig, check_table, explain
 from vdot.data.shards import (
     META,
@@ -58,8 +58,9 @@ SHARD_BYTES = (
 )  # a shard is closed at this size, or at SHARD_ROWS (more of small ones): a killed run loses one at most
 SHARD_ROWS = 64
 ENCODERS = ("text_encoder", "vae")
-TOGETHER = 32  # small clips in one forward pass of the autoencoder
-TOGETHER_ON_CPU = 8  # more fall out of its cache, at half as much time again
+TOGETHER = 32  # rows of small clips that go through the networks together
+TOGETHER_ON_GPU = 128  # where starting the kernels of a few takes longer than they do
+TOGETHER_ON_CPU = 8  # clips in one pass of the autoencoder: more fall out of its cache, at half as much time again
 
 
 # -- one row ----------------------------------------------------------------------------------------------------------
@@ -75,6 +76,7 @@ class Encoder:
         """``keep``: prompts, contexts and clips remembered, of each as many."""
         self.text_encoder, self.vae = text_encoder.eval(), vae.eval()
         self.device = vae.device
+        self.together = TOGETHER if self.device.type == "cpu" else TOGETHER_ON_GPU
         self._keep = keep
         self._kept: dict[str, OrderedDict[Any, Tensor]] = {}
         self._lock = threading.Lock()
@@ -108,25 +110,26 @@ class Encoder:
 
     @torch.no_grad()
     def encode_many(self, rows: Sequence[tuple[Entry, Pixels]]) -> list[Example]:
-        """As :meth:`encode`, for small clips: those of all rows go through the networks together."""
+        """As :meth:`encode`, for small clips of one size: those of all rows go through the networks together.
+
+        What is done for each row or clip alone is little, and nothing of it waits for the device.
+        """
         prompts = [entry.row.prompt if pixels.prompt is None else pixels.prompt for entry, pixels in rows]
         with self._lock:
-            embedded, lengths = self.text_encoder(prompts)
-            texts = [text[:length] for text, length in zip(embedded.cpu(), lengths.tolist(), strict=True)]
-            conditions = [pixels.condition(self.device) for _, pixels in rows]
-            clips = [clip.to(self.device) for condition in conditions for clip in split_clips(condition)[0]]
-            clips += [to_model(pixels.real, self.device) for _, pixels in rows if pixels.real is not None]
+            embedded, counts = self.text_encoder(prompts)
+            lengths = counts.tolist()
+            texts = [text[:n] for text, n in zip(embedded[:, : max(lengths)].cpu(), lengths, strict=True)]
+            conditions, reals = widen([pixels for _, pixels in rows], self.device)
+            parts = [split_clips(condition, self.device) for condition in conditions]
+            clips = [clip for split, _ in parts for clip in split] + [real for real in reals if real is not None]
             latents = iter(self._encode_clips(clips))
-            contexts = [
-                encode_context(self.vae, condition, self.device, lambda clips: [next(latents) for _ in clips])[0]
-                for condition in conditions
-            ]
-            reals = [None if pixels.real is None else next(latents) for _, pixels in rows]
+            contexts = _to_host([join_latents(list(islice(latents, len(split))), mask) for split, mask in parts])
+            encoded = iter(_to_host(list(latents)))
         examples = []
-        for (entry, pixels), prompt, text, context, real in zip(rows, prompts, texts, contexts, reals, strict=True):
+        for (entry, pixels), prompt, text, context in zip(rows, prompts, texts, contexts, strict=True):
             references = len(pixels.references)
-            whole = None if real is None else torch.cat([context[:16, :references], real], dim=1).cpu()
-            examples.append(Example(text, context.cpu(), whole, references, entry.row.task, prompt, 0))
+            whole = None if pixels.real is None else torch.cat([context[:16, :references], next(encoded)], dim=1)
+            examples.append(Example(text, context, whole, references, entry.row.task, prompt, 0))
         return examples
 
     def _encode_clips(self, clips: Sequence[Tensor]) -> list[Tensor]:
@@ -134,16 +137,17 @@ class Encoder:
         made: dict[int, Tensor] = {}
         groups: dict[torch.Size, list[int]] = {}
         for index, clip in enumerate(clips):
-            value = clip.flatten()[0]
-            if bool((clip == value).all()):
-                made[index] = self.vae.encode_constant(value.item(), *clip.shape[1:])[0].float()
-            else:
-                groups.setdefault(clip.shape, []).append(index)
-        together = TOGETHER_ON_CPU if self.device.type == "cpu" else TOGETHER
-        for group in groups.values():
-            for first in range(0, len(group), together):
-                part = group[first : first + together]
-                made |= dict(zip(part, self.vae.encode(torch.stack([clips[i] for i in part])).float(), strict=True))
+            groups.setdefault(clip.shape, []).append(index)
+        for shape, group in groups.items():
+            stacked = torch.stack([clips[i] for i in group])
+            ranges = torch.stack(stacked.flatten(1).aminmax(dim=1)).tolist()  # one wait for all of them
+            grey = {i: low for i, low, high in zip(group, *ranges, strict=True) if low == high}
+            made |= {i: self.vae.encode_constant(value, *shape[1:])[0].float() for i, value in grey.items()}
+            there = [place for place, i in enumerate(group) if i not in grey]
+            # Elsewhere the autoencoder takes as many at once as it has memory for.
+            for places in _cut(there, TOGETHER_ON_CPU if self.device.type == "cpu" else len(there)):
+                latents = self.vae.encode(stacked[places]).float()
+                made |= dict(zip([group[place] for place in places], latents, strict=True))
         return [made[index] for index in range(len(clips))]
 
     def _context(self, pixels: Pixels) -> Tensor:
@@ -163,6 +167,15 @@ class Encoder:
                     kept.popitem(last=False)
             kept.move_to_end(key)
             return kept[key]
+
+
+def _cut(values: list[int], length: int) -> list[list[int]]:
+    return [values[first : first + length] for first in range(0, len(values), length)] if values else []
+
+
+def _to_host(latents: Sequence[Tensor]) -> list[Tensor]:
+    """``[C, F, h, w]`` each, of any number of frames, to the CPU in one copy."""
+    return list(torch.cat(list(latents), dim=1).cpu().split([x.shape[1] for x in latents], dim=1)) if latents else []
 
 
 def load_encoder(
@@ -221,7 +234,7 @@ def settings_of(checkpoint: str | Path, layout: Layout, encoder: Encoder, store:
 class Reader(Protocol):
     """Where the pixels of rows come from."""
 
-    together: int  # rows that are encoded at once
+    small: bool  # of many rows at once
     function: Callable[..., Pixels]  # makes them, in a process of its own
 
     def arguments(self, entry: Entry) -> tuple[Any, ...]:
@@ -240,7 +253,7 @@ class Reader(Protocol):
 class FileReader:
     """A table's files. Those of one row are hundreds of megabytes of pixels: one row at a time."""
 
-    together = 1
+    small = False
     function = staticmethod(decode)
 
     def __init__(self, layout: Layout) -> None:
@@ -263,7 +276,7 @@ class FileReader:
 class WorldReader:
     """Clips of the procedural world, in place of files."""
 
-    together = TOGETHER
+    small = True
     function = staticmethod(draw_pixels)
 
     def __init__(self, config: WorldConfig) -> None:
@@ -372,6 +385,7 @@ class TableEncoder:
     def __init__(self, encoder: Encoder, folder: Path, settings: Settings, reader: Reader, workers: int = 2) -> None:
         self.encoder, self.folder, self.settings, self.reader = encoder, folder, settings, reader
         self.there = set(find_rows(folder))
+        self.together = encoder.together if reader.small else 1
         self._ahead = max(1, workers)
         self._workers = Workers(reader.function, workers)
         self._threads = ThreadPoolExecutor(self._ahead, "vdot-encode")
@@ -395,7 +409,7 @@ class TableEncoder:
         errors: dict[str, Exception] = {}
         shard = _Shard(self.folder)
         decoded = self._decoded(todo)
-        while part := list(islice(decoded, self.reader.together)):
+        while part := list(islice(decoded, self.together)):
             errors |= {key: pixels for key, _, pixels in part if isinstance(pixels, Exception)}
             rows = [(key, entry, pixels) for key, entry, pixels in part if not isinstance(pixels, Exception)]
             start = time.perf_counter()
@@ -420,7 +434,7 @@ class TableEncoder:
         return [outcome(key, entry) for key, entry in zip(keys, entries, strict=True)]
 
     def _examples(self, rows: list[tuple[Entry, Pixels]]) -> list[Example]:
-        if self.reader.together == 1:
+        if not self.reader.small:
             return [self.encoder.encode(entry, pixels, 0) for entry, pixels in rows]
         return self.encoder.encode_many(rows) if rows else []
 
@@ -447,7 +461,7 @@ class TableEncoder:
         waiting = deque(todo.items())
         begun: deque[tuple[str, Entry, Future[Pixels | Exception]]] = deque()
         while waiting or begun:
-            while waiting and len(begun) <= self._ahead + 2 * self.reader.together:
+            while waiting and len(begun) <= self._ahead + 2 * self.together:
                 key, entry = waiting.popleft()
                 begun.append((key, entry, self._threads.submit(read, entry)))
             key, entry, future = begun.popleft()
@@ -496,7 +510,7 @@ def encode_rows(
 
     Each rank works for itself (``vdot.parallel.launch.arrange`` with 1 and 1). The first one gets the summary.
     """
-    most = max(SHARD_ROWS, 8 * reader.together)
+    most = max(SHARD_ROWS, 8 * encoder.together) if reader.small else SHARD_ROWS
     # Small enough that the ranks end at about the same time.
     chunk = most if ranks.world == 1 else max(1, min(most, len(entries) // (4 * ranks.world)))
     chunks = [entries[i : i + chunk] for i in range(0, len(entries), chunk)]

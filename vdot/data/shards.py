@@ -1,7 +1,7 @@
 """The folder of encoded rows: what is stored as what, whole or not at all, and told apart from what rotted.
 
 - ``meta.json``: how the rows were cut and by which weights, so that a run with others is refused;
-- ``part-<name>.safetensors``: up to 64 rows each (512 of small clips), with their keys and checksums in the header. A
+- ``part-<name>.safetensors``: up to 64 rows each (more of small clips), with their keys and checksums in the header. A
   file appears whole or not at all, and is named by what it holds, so that any number of ranks and runs may write at
   once;
 - ``index.jsonl``: the rows of the table as it was last encoded, by key; written when all of them are there;
