@@ -16,6 +16,9 @@ from tests.conftest import TINY
 from tests.training.toy import ToySource, toy_checkpoint, toy_config
 from vdot import VdotPipeline
 from vdot.checkpoints import load_dit, load_vae
+from vdot.data.encoding import load_encoder
+from vdot.data.manifest import Entry, Row
+from vdot.data.world import WorldConfig, draw_pixels, world_rows
 from vdot.models.attention import set_attention_backend
 from vdot.parallel.launch import arrange
 from vdot.parallel.state import Ranks
@@ -113,10 +116,23 @@ def test_the_autoencoder_in_bfloat16_is_near_float32() -> None:
         assert relative(low.decode(latents), exact.decode(latents)) < BFLOAT16
 
 
-WAYS = {
+def test_small_clips_encoded_together_are_those_of_the_cpu() -> None:
+    world = WorldConfig(6, 32, 5, ["t2v", "depth", "r2v_several", "swap_anything"], seed=3)
+    tasks, shapes = world_rows(world)
+    entries = [Entry(Row(i, task, ""), shape) for i, (task, shape) in enumerate(zip(tasks, shapes, strict=True))]
+    rows = [(entry, draw_pixels(world, entry.row.line, entry.row.task)) for entry in entries]
+    encoders = [load_encoder(TINY, torch.device(name), "float32") for name in ("cpu", "cuda")]
+    for a, b in zip(*(encoder.encode_many(rows) for encoder in encoders), strict=True):
+        assert a.real is not None and b.real is not None
+        for mine, other in ((b.text, a.text), (b.context, a.context), (b.real, a.real)):
+            assert mine.device.type == "cpu" and (mine - other).abs().max() < LATENTS
+
+
+WAYS: dict[str, dict[str, object]] = {
     "float32": {"parallel__compute": "float32"},
     "bfloat16, float32 masters": {"parallel__compute": "bfloat16"},  # FSDP by itself, over NCCL
     "bfloat16, adapters": {"parallel__compute": "bfloat16", "lora__rank": 4},
+    "bfloat16, autocast": {"parallel__compute": "bfloat16", "parallel__autocast": True},
 }
 
 

@@ -45,6 +45,7 @@ def test_encoded_clips_are_those_drawn_live(encode, encoder, tmp_path, workers):
 
 def test_how_many_go_together_does_not_matter(encode, encoder, tmp_path, monkeypatch):
     monkeypatch.setattr(encoder, "together", 2)
+    monkeypatch.setattr(encoder, "even", 4)
     monkeypatch.setattr(encoding, "TOGETHER_ON_CPU", 3)
     world, _ = encode(5, workers=0)
     stored, live = EncodedSource(tmp_path / "w"), WorldSource(world, encoder, "")
