@@ -3,10 +3,11 @@
 #   bash scripts/reproduce_tiny.sh               everything into results/; stopped anywhere, the same command goes on
 #   bash scripts/reproduce_tiny.sh steps=10      key=value for every training (here: a rehearsal of minutes)
 #   bash scripts/reproduce_tiny.sh parallel.compute=bfloat16 parallel.compile=true parallel.autocast=true    CPUs with AMX
-# Lengths are those of configs/train; a first pass at a fraction of them took ten minutes on one H200. On two CPU cores with
-# AMX, by count from measured steps (benchmarks/RESULTS.md): autoencoder 7 h, encoding half an hour, teacher 1 h, student
-# half an hour, the ablation's 24 students 10 h (1 h for 160 steps of 16 clips). Not yet run at full length.
-# CLIPS=N changes how many clips are encoded, SEEDS=N how often each student of the ablation is trained.
+# Lengths are those of configs/train. On two CPU cores with AMX, by count from measured steps (benchmarks/RESULTS.md): text
+# encoder half an hour, autoencoder an hour, encoding half an hour, teacher an hour and a quarter, student five minutes; of
+# the ablation an hour for its 24 students and an hour and a half for sampling and measuring 512 tasks each.
+# CLIPS=N changes how many clips are encoded, SEEDS=N how often each student of the ablation is trained, JOBS=N how many
+# of them at a time (default: one for each core).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 use_env train eval
@@ -19,6 +20,6 @@ train tiny_vae vae.text_encoder="$runs/tiny_text/export" "$@"
 [ -d "$runs/tiny_start" ] || python scripts/make_tiny.py --encoders "$runs/tiny_vae/export" --out "$runs/tiny_start"
 python training/encode.py world.clips="${CLIPS:-16384}" world.seed=2000000 --ckpt_dir "$runs/tiny_start" --out "$runs/tiny_world"
 train tiny_teacher "$@"
-train tiny_vdot ckpt_dir="$runs/tiny_teacher/export" "$@"
+train tiny_vdot ckpt_dir="$runs/tiny_teacher/export" distill.ot.reach=1 "$@"
 python benchmarks/ablation.py all ckpt_dir="$runs/tiny_teacher/export" "$@" \
-    --teacher "$runs/tiny_teacher/export" --model "$runs/tiny_vdot/export" --seeds "${SEEDS:-3}"
+    --teacher "$runs/tiny_teacher/export" --model "$runs/tiny_vdot/export" --seeds "${SEEDS:-3}" --jobs "${JOBS:-$(nproc)}"
