@@ -175,7 +175,7 @@ def _section(name: str) -> nullcontext:
 def peak(latent: tuple[int, int, int], way: str, kind: str) -> float:
     """Bytes that one step adds at most, in a process of its own."""
     command = [sys.executable, __file__, "--latent", ",".join(map(str, latent)), "--one", f"{way}:{kind}"]
-    # Large blocks go back to the system at once: what the heap happened to keep would change results by a factor of two.
+    # Large blocks go back to the system at once: what the heap happens to keep changes results by a factor of two.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])
