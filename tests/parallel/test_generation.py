@@ -106,13 +106,17 @@ def test_the_release_command_line(tmp_path):
 
 @pytest.mark.slow
 def test_compiled_blocks_on_two_ranks_make_the_video_of_one(tmp_path):
-    """Compiled code breaks off where heads are exchanged and goes on after; a rounding is left to it."""
+    """Compiled code breaks off where heads are exchanged and goes on after.
+
+    Files are compared: where one pixel rounds otherwise, video compression moves many by a little (1.4 of 255 in the
+    mean was seen for pixels that agreed but for 1e-5 of them), another video by tens.
+    """
     asked = (*SMALL, "--prompt", "a red ball", "--base_seed", "3")
     for count, *flags in ((2, "--ulysses_size", "2", "--compile"), (1,)):
         result = torchrun(count, SCRIPT, *asked, *flags, "--save_dir", tmp_path / str(count))
         assert result.returncode == 0, result.stderr
     two, one = (imageio.v3.imread(tmp_path / count / "out_video.mp4").astype(int) for count in ("2", "1"))
-    assert np.abs(two - one).max() <= 2  # of 255, after video compression
+    assert np.abs(two - one).mean() <= 3
 
 
 def test_a_table_on_groups_of_ranks_resumes(tmp_path):
