@@ -184,6 +184,14 @@ def peak_above_now(run: Callable[[], Result], device: str) -> tuple[Result, floa
     return result, _end[0][0] - begin, peak[0] / 2**20
 
 
+def wake(seconds: float = 0.3) -> None:
+    """Matrix products, so that a GPU that idled between contenders is at its full clock when the next one starts."""
+    x, end = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        x @ x
+        torch.cuda.synchronize()
+
+
 def measure(name: str, kind: str, frames: int, threads: int, device: str) -> dict[str, float | None]:
     torch.set_num_threads(threads)
     x, y = clouds(kind, frames, device)
@@ -192,6 +200,8 @@ def measure(name: str, kind: str, frames: int, threads: int, device: str) -> dic
     assert first.cost.isfinite().all()
     if "compiled" in name or device == "cuda":
         run(x, y)  # compilation is not what we measure
+    if device == "cuda":
+        wake()
     (error, iters), seconds, peak = peak_above_now(lambda: run(x, y), device)
     return {"seconds": seconds / len(x), "peak": peak, "error": error, "iterations": iters, "frames": len(x)}
 
