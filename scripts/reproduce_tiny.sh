@@ -13,7 +13,10 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 use_env train eval
 cd "$ROOT"
 runs="$ROOT/results/train"
-train() { python training/train.py --config "$@"; }
+train() { # a training that is stopped saves and exits in order: without an export it is not done
+    python training/train.py --config "$@"
+    [ -d "$runs/$1/export" ] || { echo "$1 was stopped before its end: the same command goes on" >&2; exit 130; }
+}
 
 train tiny_text "$@"
 train tiny_vae vae.text_encoder="$runs/tiny_text/export" "$@"
