@@ -4,6 +4,7 @@
     python benchmarks/sinkhorn.py frames --device cuda   # the same on a GPU, with the Triton engine
     python benchmarks/sinkhorn.py large                  # 6240 points (a full-resolution frame), 32,760 (a whole clip)
     python benchmarks/sinkhorn.py variants               # iterations of the accelerations, to three errors
+    python benchmarks/sinkhorn.py kernel --device cuda   # parts of a call through Triton; blocks; the GPU's clock
 
 Clouds are two unrelated smooth random latents, pooled as in training. Each measurement runs in a process of its own
 (peak memory is that of the process above its state before the run; on CUDA all share one, where the allocator's peak is
@@ -32,8 +33,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "transport")]
 from transport_oracle import cost_matrix, unrolled_gradient  # noqa: E402
 
 from vdot.transport import latents_to_clouds, ot_gradient, sinkhorn  # noqa: E402
-from vdot.transport.iterate import start  # noqa: E402
-from vdot.transport.problem import build, working_clouds  # noqa: E402
+from vdot.transport.engines import Streamed  # noqa: E402
+from vdot.transport.iterate import iterate, start  # noqa: E402
+from vdot.transport.problem import LN2, Problem, build, working_clouds  # noqa: E402
+from vdot.transport.result import measure as measure_transport  # noqa: E402
 from vdot.transport.sinkhorn import choose_engine  # noqa: E402
 
 EPS = 0.1
@@ -306,13 +309,74 @@ def variants() -> None:
         print(f"| Anderson({depth}) | " + " | ".join(cells) + " |")
 
 
+# --- where a call through Triton spends its time
+
+
+def milliseconds(run: Callable[[], object], device: str, repeats: int = 20) -> float:
+    """Median of calls that are waited for."""
+    taken = []
+    for _ in range(repeats + 3):
+        begin = time.perf_counter()
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        taken.append(1000 * (time.perf_counter() - begin))
+    return statistics.median(taken[3:])
+
+
+def clock() -> str:
+    command = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.max.sm", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
+def half_step_us(engine: Streamed, problem: Problem, sweeps: int = 200) -> float:
+    """Of many iterations in one go, launched ahead of the device."""
+    g, one = start(problem).g, torch.ones_like(problem.unit)
+    f = engine.sweeps(None, g, one, 12).f
+    return 1000 * milliseconds(lambda: engine.sweeps(f, g, one, sweeps), problem.s.device.type, 5) / sweeps / 2
+
+
+def kernel(device: str, frames: int) -> None:
+    from vdot.transport import kernels
+
+    x, y = clouds("frames", frames, device)
+    exponentials = x.shape[0] * x.shape[1] * y.shape[1]
+    if device == "cuda":
+        wake(1.0)
+        print(f"clock, and most: {clock()}")
+    moved, other, centre = working_clouds(x, y)
+    problem = build(moved, other, centre, moved.new_full((len(x),), EPS), 2, (None, None), None)
+    engine = kernels.TritonEngine(problem, 2**20)
+    state = iterate(engine, start(problem), 60, 0.0, 1.0)
+    parts = {
+        "whole call, 60 plain iterations": lambda: ours(x, y, max_iters=60, tol=0, engine="triton"),
+        "whole call, error 1e-2": lambda: ours(x, y, tol=1e-2, engine="triton"),
+        "whole call, error 1e-3": lambda: ours(x, y, tol=1e-3, engine="triton"),
+        "checking and scaling": lambda: build(*working_clouds(x, y), problem.unit / LN2, 2, (None, None), None),
+        "preparing points": lambda: engine.space.load(problem),
+        "60 iterations": lambda: engine.sweeps(state.f, state.g, torch.ones_like(problem.unit), 60),
+        "cost, gradient and the rest": lambda: measure_transport(engine, state, 0.0),
+    }
+    for name, run in parts.items():
+        print(f"{name}: {milliseconds(run, device):.2f} ms")
+    shapes = [(64, 64, 4, 3), (64, 64, 4, 2), (64, 128, 4, 3), (64, 128, 8, 3), (64, 32, 4, 3), (128, 64, 8, 3)]
+    for shape in shapes if device == "cuda" else ():
+        kernels.BLOCK_N, kernels.BLOCK_M, kernels.WARPS, kernels.STAGES = shape
+        kernels._workspace.cache_clear()
+        us = half_step_us(kernels.TritonEngine(problem, 2**20), problem)
+        print(
+            f"blocks {shape[0]} x {shape[1]}, {shape[2]} warps, {shape[3]} stages: {us:.1f} us a half-step, "
+            f"{exponentials / us / 1e6:.2f} exponentials a ps, clock {clock()}"
+        )
+
+
 def main() -> None:
     if sys.argv[1:2] == ["child"]:
         name, kind, frames, threads, device = sys.argv[2:7]
         print(json.dumps(measure(name, kind, int(frames), int(threads), device)))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["frames", "large", "variants"])
+    parser.add_argument("what", choices=["frames", "large", "variants", "kernel"])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; 1 is the fair choice on a shared machine")
     parser.add_argument("--rounds", type=int, default=3)
@@ -329,6 +393,8 @@ def main() -> None:
         names = [n for n in names if not any(part in n for part in args.skip.split(","))]
     if args.what == "variants":
         variants()
+    elif args.what == "kernel":
+        kernel(args.device, args.frames)
     elif args.what == "frames":
         names = [n for n in names if n == names[0] or args.only in n]
         few = args.frames if args.device == "cuda" else 2
