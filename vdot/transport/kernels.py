@@ -36,7 +36,7 @@ except ImportError as error:
 BLOCK_N, BLOCK_M, WARPS, STAGES = 64, 64, 4, 3
 PAD = 128  # both block sizes divide it
 NOTHING = -3.0e38  # potential of a point that is not there
-TOGETHER = 5  # iterations in one CUDA graph: launching two kernels one by one takes as long as running them
+TOGETHER = 5  # iterations in one CUDA graph: one by one, launching a kernel takes longer than running it
 WORKSPACES = 8
 
 
