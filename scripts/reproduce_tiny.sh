@@ -4,15 +4,15 @@
 #   bash scripts/reproduce_tiny.sh steps=10      key=value for every training (here: a rehearsal of minutes)
 #   bash scripts/reproduce_tiny.sh parallel.compute=bfloat16 parallel.compile=true parallel.autocast=true    CPUs with AMX
 # Lengths are those of configs/train. On two CPU cores with AMX, by count from measured steps (benchmarks/RESULTS.md): text
-# encoder half an hour, autoencoder an hour, encoding half an hour, teacher an hour and a quarter, student five minutes; of
+# encoder half an hour, autoencoder an hour, encoding 17 minutes, teacher an hour and a quarter, student five minutes; of
 # the ablation an hour for its 24 students and an hour and a half for sampling and measuring 512 tasks each.
 # CLIPS=N changes how many clips are encoded, SEEDS=N how often each student of the ablation is trained, JOBS=N how many
-# of them at a time (default: one for each core).
+# processes encode (on GPUs: one for each) and how many of the ablation's students are trained at a time (default: cores).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 use_env train eval
 cd "$ROOT"
-runs="$ROOT/results/train"
+runs="$ROOT/results/train" jobs="${JOBS:-$(nproc)}"
 train() { # a training that is stopped saves and exits in order: without an export it is not done
     python training/train.py --config "$@"
     [ -d "$runs/$1/export" ] || { echo "$1 was stopped before its end: the same command goes on" >&2; exit 130; }
@@ -21,8 +21,9 @@ train() { # a training that is stopped saves and exits in order: without an expo
 train tiny_text "$@"
 train tiny_vae vae.text_encoder="$runs/tiny_text/export" "$@"
 [ -d "$runs/tiny_start" ] || python scripts/make_tiny.py --encoders "$runs/tiny_vae/export" --out "$runs/tiny_start"
-python training/encode.py world.clips="${CLIPS:-16384}" world.seed=2000000 --ckpt_dir "$runs/tiny_start" --out "$runs/tiny_world"
+gpus="$(python -c 'import torch; print(torch.cuda.device_count())')"
+torchrun --nproc_per_node "$((gpus ? gpus : jobs))" training/encode.py world.clips="${CLIPS:-16384}" world.seed=2000000 --ckpt_dir "$runs/tiny_start" --out "$runs/tiny_world"
 train tiny_teacher "$@"
 train tiny_vdot ckpt_dir="$runs/tiny_teacher/export" distill.ot.reach=1 "$@"
 python benchmarks/ablation.py all ckpt_dir="$runs/tiny_teacher/export" "$@" \
-    --teacher "$runs/tiny_teacher/export" --model "$runs/tiny_vdot/export" --seeds "${SEEDS:-3}" --jobs "${JOBS:-$(nproc)}"
+    --teacher "$runs/tiny_teacher/export" --model "$runs/tiny_vdot/export" --seeds "${SEEDS:-3}" --jobs "$jobs"

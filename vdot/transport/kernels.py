@@ -34,7 +34,6 @@ except ImportError as error:
     ) from error
 
 BLOCK_N, BLOCK_M, WARPS, STAGES = 64, 64, 4, 3
-PAD = 128  # both block sizes divide it
 NOTHING = -3.0e38  # potential of a point that is not there
 TOGETHER = 5  # iterations in one CUDA graph: one by one, launching a kernel takes longer than running it
 WORKSPACES = 8
@@ -230,7 +229,8 @@ class Workspace:
 
     def __init__(self, batch: int, n: int, m: int, dim: int, p: int, device: torch.device) -> None:
         self.batch, self.sizes, self.p, self.dim = batch, (n, m), p, dim
-        self.padded = tuple(triton.cdiv(size, PAD) * PAD for size in self.sizes)
+        pad = max(BLOCK_N, BLOCK_M)  # powers of two: both divide it
+        self.padded = tuple(triton.cdiv(size, pad) * pad for size in self.sizes)
         self.wide, dtype, halves = (dim, torch.float32, 1) if p == 1 else (_wide(dim), torch.float16, 2)
         self.points = [torch.zeros(batch, size, halves * self.wide, dtype=dtype, device=device) for size in self.padded]
         self.target = [torch.zeros(batch, size, device=device) for size in self.padded]
