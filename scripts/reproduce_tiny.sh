@@ -4,7 +4,7 @@
 #   bash scripts/reproduce_tiny.sh steps=10      key=value for every training (here: a rehearsal of minutes)
 #   bash scripts/reproduce_tiny.sh parallel.compute=bfloat16 parallel.compile=true parallel.autocast=true    CPUs with AMX
 # Lengths are those of configs/train. On two CPU cores with AMX, by count from measured steps (benchmarks/RESULTS.md): text
-# encoder half an hour, autoencoder an hour, encoding 17 minutes, teacher an hour and a quarter, student five minutes; of
+# encoder half an hour, autoencoder an hour, encoding 40 minutes, teacher an hour and a quarter, student five minutes; of
 # the ablation an hour for its 24 students and an hour and a half for sampling and measuring 512 tasks each.
 # CLIPS=N changes how many clips are encoded, SEEDS=N how often each student of the ablation is trained, JOBS=N how many
 # processes encode (on GPUs: one for each) and how many of the ablation's students are trained at a time (default: cores).
