@@ -68,23 +68,28 @@ def iterate(
     problem, swapped = engine.problem, engine.problem.swap()
     plain = torch.ones_like(problem.unit)
     omega = plain * relaxation
+    known = omega.cpu()  # what is decided about a few numbers is decided on the host: launching for each takes longer
     errors: dict[int, Tensor] = {}
     f, g, col_lse, k, done = state.f, state.g, state.col_lse, state.iterations, False
     every = 1 if g.device.type == "cpu" else WINDOW  # looking at an error waits for the device
     while k < max_iters and not done:
-        w = omega if k >= PLAIN and relaxation != 1 else plain
+        relaxed = relaxation != 1 and k >= PLAIN
         count = 1 if trace is not None else min(_next_look(k, every, target > 0, relaxation != 1), max_iters) - k
-        step, g_before = engine.sweeps(f, g, w, count), g
+        step, g_before = engine.sweeps(f, g, omega if relaxed else plain, count), g
         f, g, col_lse, k = step.f, step.g, step.col_lse, k + count
         if step.f_before is not None and (target > 0 or relaxation != 1):
             mass = (step.f_before + step.row_lse).clamp(max=MAX_EXPONENT).exp2()
             errors[k] = marginal_gap(problem, step.f_before, mass)
-            # Overshoot is most of a relaxed error; the plain last update leaves about (2 - w) of it, as in linear SOR.
-            done = target > 0 and k % every == 0 and bool((errors[k] * (2 - w) <= target).all())
+            if k % every == 0:
+                errors[k] = errors[k].cpu()
+                # Overshoot is most of a relaxed error; the plain last update leaves about (2 - w) of it (linear SOR).
+                rest = errors[k] * (2 - known) if relaxed else errors[k]
+                done = target > 0 and bool((rest <= target).all())
         if trace is not None:
             trace.append((f, g_before, step.row_lse, col_lse))
         if relaxation != 1 and k % WINDOW == 0 and k - WINDOW in errors:
-            omega = adapt(omega, errors[k], errors[k - WINDOW + 1])
+            known = adapt(known, errors[k], errors[k - WINDOW + 1].cpu())
+            omega = known.to(omega.device)
     assert col_lse is not None
     return State(f, swapped.relaxed(None, col_lse), col_lse, k)
 
