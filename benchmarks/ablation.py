@@ -3,12 +3,13 @@
     python benchmarks/ablation.py                       # everything: students, videos, measurements, table and figure
     python benchmarks/ablation.py train --jobs 8        # only the students; a run that was stopped goes on
     python benchmarks/ablation.py sample --device cuda  # only their latents
-    python benchmarks/ablation.py measure --jobs 2      # only pixels and numbers: table.md, table.json, figure.png
+    python benchmarks/ablation.py measure --jobs 2      # only pixels and numbers: table.md, tables/, figure.png
 
 All in ``results/ablation`` (``--out``); what is there is not made again. The encoded clips of training are those of
 ``configs/train/tiny_vdot.yaml``. Students differ in what VARIANTS says and in nothing else: same steps, batches, noise.
 Videos are what the networks make, without the source's own pixels put back. Tasks, metrics and the score are
-``vdot.evaluate``'s: 512 held-out tasks, no combination of colour, shape and motion of which is in training.
+``vdot.evaluate``'s: 512 held-out tasks, no combination of colour, shape and motion of which is in training. ``less DMD`` and
+``less teacher`` are differences in score on the same clips with the same noise, over the seeds that both ran with.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,11 +37,12 @@ from vdot.data.encoding import EncodeConfig, encode_table  # noqa: E402
 from vdot.data.world import WorldConfig  # noqa: E402
 from vdot.distillation.draws import Draws  # noqa: E402
 from vdot.distillation.networks import Network  # noqa: E402
-from vdot.evaluate import benchmark_tasks, evaluate, reference_points  # noqa: E402
+from vdot.evaluate import Table, benchmark_tasks, compare_scores, evaluate, reference_points  # noqa: E402
 from vdot.evaluate.benchmark import FIRST_SEED  # noqa: E402
 from vdot.evaluate.classifier import classify, load_classifier  # noqa: E402
 from vdot.evaluate.distribution import frechet, sliced_wasserstein  # noqa: E402
-from vdot.evaluate.report import ALL  # noqa: E402
+from vdot.evaluate.report import ALL, tabulate  # noqa: E402
+from vdot.evaluate.report import Row as Measured  # noqa: E402
 from vdot.parallel.state import Ranks  # noqa: E402
 from vdot.pipeline import checkpoint_schedule  # noqa: E402
 from vdot.runtime import pick_device  # noqa: E402
@@ -61,7 +64,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "release weights": ("distill.balance=release",),
     "release schedule": MISMATCH,
 }
-WHOLE = "DMD + OT + GAN"
+BASE, WHOLE = "DMD", "DMD + OT + GAN"
 TEACHER_FEW = "teacher, 4 steps"
 OTHER_STEPS = (1, 2, 8)  # at which the whole objective's student is sampled as well
 BATCH = 64
@@ -238,20 +241,39 @@ SHOWN = ("things_right", "scribble_f1", "depth_edges", "flow_control_error", "gr
          "box_overlap", "kept_psnr", "seam", "reference_colour", "flicker")  # fmt: skip
 
 
+def load_table(path: Path) -> Table:
+    """As measured. Tabulated anew: the file does not keep resamples, and differences are taken of those."""
+    saved = json.loads(path.read_text())
+    return tabulate([Measured(**clip) for clip in saved["clips"]], distances=saved["distances"])
+
+
 def report(args: argparse.Namespace, rows: list[Row]) -> None:
     """``table.md`` and ``figure.png`` of what is measured."""
-    tables: dict[str, list[dict]] = {}
+    tables: dict[str, dict[int, Table]] = {}
     evaluations = {row.name: row.schedule.evaluations for row in rows}
     for row in rows:
         path = args.out / "tables" / f"{row.key}.json"
         if path.is_file():
-            tables.setdefault(row.name, []).append(json.loads(path.read_text()))
-    head = ["", "evaluations", "runs", "collapsed", "score", "Frechet", "sliced W.", *SHOWN]
+            tables.setdefault(row.name, {})[row.seed] = load_table(path)
+    teacher = rows[0].name
+    head = [
+        "",
+        "evaluations",
+        "runs",
+        "collapsed",
+        "score",
+        f"less {BASE}",
+        "less teacher",
+        "Frechet",
+        "sliced W.",
+        *SHOWN,
+    ]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "--:|" * (len(head) - 1)]
     for name, found in tables.items():
         cells = [name, str(evaluations[name]), str(len(found)), collapsed(args, name, found, tables), interval(found)]
-        cells += [mean(found, lambda t, d=d: t["distances"].get(d)) for d in ("frechet", "sliced_wasserstein")]
-        cells += [mean(found, lambda t, m=m: (t["cells"][ALL].get(m) or {}).get("mean")) for m in SHOWN]
+        cells += ["" if other == name else gap(found, tables.get(other, {})) for other in (BASE, teacher)]
+        cells += [mean(found, lambda t, d=d: t.distances.get(d)) for d in ("frechet", "sliced_wasserstein")]
+        cells += [mean(found, lambda t, m=m: t.cells[ALL][m].mean if m in t.cells[ALL] else None) for m in SHOWN]
         lines.append("| " + " | ".join(cells) + " |")
     text = "\n".join(lines) + "\n"
     (args.out / "table.md").write_text(text)
@@ -259,7 +281,16 @@ def report(args: argparse.Namespace, rows: list[Row]) -> None:
     draw(args, tables)
 
 
-def collapsed(args: argparse.Namespace, name: str, found: list[dict], tables: dict[str, list[dict]]) -> str:
+def gap(found: dict[int, Table], others: dict[int, Table]) -> str:
+    """Score less another row's on the same clips and noise, over the seeds that both ran with."""
+    seeds = sorted(found.keys() & others.keys())
+    if not seeds:
+        return "not measured"
+    difference = compare_scores([found[seed] for seed in seeds], [others[seed] for seed in seeds])
+    return f"{difference.mean:+.1f} ({difference.low:+.1f} to {difference.high:+.1f})"
+
+
+def collapsed(args: argparse.Namespace, name: str, found: dict[int, Table], tables: dict[str, dict[int, Table]]) -> str:
     """How many of a variant's students lost their way.
 
     One did if a step of it was not finite, if its gradient ended ten times as long as it began, or if its videos are
@@ -267,14 +298,14 @@ def collapsed(args: argparse.Namespace, name: str, found: list[dict], tables: di
     """
     if name not in args.variants:
         return ""
-    start = tables.get(TEACHER_FEW, [{"distances": {}}])[0]["distances"].get("frechet", np.inf)
+    start = next((table.distances.get("frechet", np.inf) for table in tables.get(TEACHER_FEW, {}).values()), np.inf)
     count = 0
-    for seed, table in enumerate(found):
+    for seed, table in found.items():
         lines = metrics(student(args.out, name, seed))
         norms = [line["norm_generator"] for line in lines if line.get("norm_generator")]
         quarter = max(1, len(norms) // 4)
         grown = bool(norms) and np.median(norms[-quarter:]) > 10 * np.median(norms[:quarter])
-        far = table["distances"].get("frechet", 0.0) > 2 * start
+        far = table.distances.get("frechet", 0.0) > 2 * start
         count += grown or far or any(line["bad_steps"] for line in lines[-1:])
     return str(count)
 
@@ -285,21 +316,20 @@ def metrics(run: Path) -> list[dict]:
     return read_metrics(path) if path.is_file() else []
 
 
-def interval(found: list[dict]) -> str:
+def interval(found: dict[int, Table]) -> str:
     """Mean over seeds, and its half width: over seeds where there are several, else over clips."""
-    scores = [table["scores"][ALL] for table in found]
-    values = [score["score"] for score in scores]
-    if len(values) == 1:
-        return f"{values[0]:.1f} ({scores[0]['low']:.1f} to {scores[0]['high']:.1f})"
-    return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
+    scores = [table.scores[ALL] for table in found.values()]
+    if len(scores) == 1:
+        return "{:.1f} ({:.1f} to {:.1f})".format(*scores[0])
+    return f"{np.mean([s[0] for s in scores]):.1f} ± {np.std([s[0] for s in scores], ddof=1):.1f}"
 
 
-def mean(found: list[dict], value) -> str:
-    known = [v for v in map(value, found) if v is not None]
+def mean(found: dict[int, Table], value: Callable[[Table], float | None]) -> str:
+    known = [v for v in map(value, found.values()) if v is not None]
     return f"{np.mean(known):.3g}" if known else "not measured"
 
 
-def draw(args: argparse.Namespace, tables: dict[str, list[dict]]) -> None:
+def draw(args: argparse.Namespace, tables: dict[str, dict[int, Table]]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -307,7 +337,7 @@ def draw(args: argparse.Namespace, tables: dict[str, list[dict]]) -> None:
 
     figure, (bars, curves) = plt.subplots(1, 2, figsize=(14, 5), layout="constrained")
     for place, (name, found) in enumerate(tables.items()):
-        values = [table["scores"][ALL]["score"] for table in found]
+        values = [table.scores[ALL][0] for table in found.values()]
         bars.barh(place, np.mean(values), color="0.6" if name.startswith("teacher") else "tab:blue", alpha=0.6)
         bars.plot(values, [place] * len(values), "k.", markersize=5)
     bars.set_yticks(range(len(tables)), list(tables))

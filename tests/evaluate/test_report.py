@@ -8,7 +8,16 @@ import pytest
 from tests.evaluate.conftest import worn
 from vdot.data.sprites import TASKS, draw_task, split_of
 from vdot.errors import InputError
-from vdot.evaluate import METRICS, Measurer, benchmark_prompts, benchmark_tasks, compare, evaluate, reference_points
+from vdot.evaluate import (
+    METRICS,
+    Measurer,
+    benchmark_prompts,
+    benchmark_tasks,
+    compare,
+    compare_scores,
+    evaluate,
+    reference_points,
+)
 from vdot.evaluate.benchmark import COUNT
 from vdot.evaluate.report import ALL, Row, Table, tabulate
 
@@ -121,8 +130,30 @@ def test_intervals_cover_the_mean_as_often_as_they_say():
 
 
 def test_tables_of_other_clips_are_not_compared(truth):
+    other = tabulate([row("a", 1.0)], resamples=200)
     with pytest.raises(InputError, match="not of the same clips"):
-        compare(truth, tabulate([row("a", 1.0)]))
+        compare(truth, other)
+    with pytest.raises(InputError, match="not of the same clips"):
+        compare_scores([truth], [other])
+    with pytest.raises(InputError, match="run by run"):
+        compare_scores([truth], [truth, truth])
+
+
+def test_scores_are_compared_on_the_same_clips():
+    """Clips differ by far more than the models do; the gap of a clip is 0.02 with deviation 0.01, two tasks of 40."""
+    rng = np.random.default_rng(0)
+    easy, gaps = rng.uniform(0.2, 0.8, 80), rng.normal(0.02, 0.01, 80)
+    tables = [tabulate([row("ab"[i % 2], float(v)) for i, v in enumerate(z)]) for z in (easy + gaps, easy)]
+    found = compare_scores(tables[:1], tables[1:])
+    assert found.mean == pytest.approx(100 * gaps.mean())
+    # The bootstrap's width is 2 x 1.96 standard errors, within a fifth.
+    error = 100 * np.sqrt(np.mean([gaps[i::2].var() / 40 for i in range(2)]) / 2)
+    assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.2)
+    assert tables[0].scores[ALL][2] - tables[0].scores[ALL][1] > 10 * (found.high - found.low)
+    # Runs that disagree widen it, however sure the clips are.
+    lower = tabulate([row("ab"[i % 2], float(v)) for i, v in enumerate(easy - 0.1)])
+    both = compare_scores([tables[0], lower], [tables[1], tables[1]])
+    assert both.n == 2 and both.low < -9 < 1 < both.high
 
 
 @pytest.mark.parametrize("task", TASKS)

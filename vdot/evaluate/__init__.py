@@ -7,7 +7,7 @@ functions of uint8 clips ``[T, H, W, 3]`` in ``control``, ``kept``, ``motion``, 
 
 from vdot.evaluate.benchmark import benchmark_prompts, benchmark_tasks
 from vdot.evaluate.measure import METRICS, Measurer, Metric
-from vdot.evaluate.report import Table, compare, evaluate, reference_points
+from vdot.evaluate.report import Table, compare, compare_scores, evaluate, reference_points
 from vdot.evaluate.truth import Found, Judge, Verdict, judge
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "benchmark_prompts",
     "benchmark_tasks",
     "compare",
+    "compare_scores",
     "evaluate",
     "judge",
     "reference_points",

@@ -58,6 +58,8 @@ class Table:
     scores: dict[str, tuple[float, float, float]]  # by task and ALL: score, low, high
     rows: tuple[Row, ...]
     distances: dict[str, float] = field(default_factory=dict)  # of the whole set, such as those of distribution.py
+    # The score of ALL in every resample; the same clips are drawn for every table of the same tasks.
+    spread: np.ndarray = field(default_factory=lambda: np.zeros(0), repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; what was not measured is null."""
@@ -186,7 +188,7 @@ def tabulate(
     known = [(scores[task][0], spread) for task, spread in zip(tasks, samples, strict=True)]
     total = np.mean([spread for _, spread in known], axis=0)
     scores[ALL] = (float(np.mean([score for score, _ in known])), *interval(total))
-    return Table(cells, scores, tuple(rows), dict(distances or {}))
+    return Table(cells, scores, tuple(rows), dict(distances or {}), total)
 
 
 def _task_table(
@@ -279,8 +281,7 @@ def paired(first: np.ndarray, second: np.ndarray, resamples: int, rng: np.random
 
 def compare(a: Table, b: Table, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Difference]:
     """Paired differences by metric, of the magnitudes where 0 is best; ``InputError`` unless the clips are the same."""
-    if [(row.task, row.prompt) for row in a.rows] != [(row.task, row.prompt) for row in b.rows]:
-        raise InputError("the tables are not of the same clips in the same order: their difference means nothing")
+    _same_clips(a, b)
     rng = np.random.default_rng(seed)
     out = {}
     for name, metric in METRICS.items():
@@ -291,3 +292,25 @@ def compare(a: Table, b: Table, resamples: int = RESAMPLES, seed: int = 0) -> di
         if found is not None:
             out[name] = found
     return out
+
+
+def compare_scores(a: Sequence[Table], b: Sequence[Table], seed: int = 0) -> Difference:
+    """Score of a less that of b, run by run (a_k and b_k of one seed); n is the number of runs.
+
+    Every resample draws the same clips for both, and of several runs the same runs: the interval holds for other clips
+    of the same kind and, as far as so few tell, for other seeds. ``InputError`` unless the clips are the same.
+    """
+    if len(a) != len(b) or not a:
+        raise InputError(f"scores are compared run by run: got {len(a)} and {len(b)} runs")
+    for first, second in zip(a, b, strict=True):
+        _same_clips(first, second)
+    gaps = [x.scores[ALL][0] - y.scores[ALL][0] for x, y in zip(a, b, strict=True)]
+    spread = np.stack([x.spread - y.spread for x, y in zip(a, b, strict=True)])  # [runs, resamples]
+    runs, resamples = spread.shape
+    picks = np.random.default_rng(seed).integers(runs, size=(runs, resamples))
+    return Difference(float(np.mean(gaps)), *interval(np.take_along_axis(spread, picks, 0).mean(0)), runs)
+
+
+def _same_clips(a: Table, b: Table) -> None:
+    if [(row.task, row.prompt) for row in a.rows] != [(row.task, row.prompt) for row in b.rows]:
+        raise InputError("the tables are not of the same clips in the same order: their difference means nothing")
