@@ -8,8 +8,8 @@
 All in ``results/ablation`` (``--out``); what is there is not made again. The encoded clips of training are those of
 ``configs/train/tiny_vdot.yaml``. Students differ in what VARIANTS says and in nothing else: same steps, batches, noise.
 Videos are what the networks make, without the source's own pixels put back. Tasks, metrics and the score are
-``vdot.evaluate``'s: 512 held-out tasks, no combination of colour, shape and motion of which is in training. ``less DMD``
-and ``less teacher`` are differences of scores on the same clips and noise, over the seeds that both ran with.
+``vdot.evaluate``'s: 512 held-out tasks, no combination of colour, shape and motion of which is in training.
+``less DMD`` and ``less teacher``: differences of scores on the same clips and noise, over the seeds that both ran with.
 """
 
 import argparse
