@@ -119,15 +119,14 @@ def train(args: argparse.Namespace) -> None:
 
 
 def rows_of(args: argparse.Namespace) -> list[Row]:
-    """Teacher, then the students that are trained."""
+    """Teacher, then the students that are trained; seeds of a checkpoint that was not trained here are noises."""
     teacher = checkpoint_schedule(inspect_checkpoint(args.teacher))
     few = replace(teacher, steps=4)
-    rows = [
-        Row(f"teacher, {teacher.steps} steps", 0, args.teacher, teacher),
-        Row(TEACHER_FEW, 0, args.teacher, few),
-    ]
+    seeds = range(args.seeds)
+    rows = [Row(f"teacher, {teacher.steps} steps", seed, args.teacher, teacher) for seed in seeds]
+    rows += [Row(TEACHER_FEW, seed, args.teacher, few) for seed in seeds]
     for name in args.variants:
-        for seed in range(args.seeds):
+        for seed in seeds:
             export = student(args.out, name, seed) / "export"
             if not export.is_dir():
                 continue
@@ -136,7 +135,8 @@ def rows_of(args: argparse.Namespace) -> list[Row]:
             if name == WHOLE and seed == 0:
                 rows += [Row(f"{name}, {n} steps", 0, export, own.override(steps=n)) for n in OTHER_STEPS]
     if args.model is not None:
-        rows.append(Row("shipped", 0, args.model, checkpoint_schedule(inspect_checkpoint(args.model))))
+        own = checkpoint_schedule(inspect_checkpoint(args.model))
+        rows += [Row("shipped", seed, args.model, own) for seed in seeds]
     return rows
 
 
