@@ -19,7 +19,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +41,7 @@ from vdot.evaluate import Table, benchmark_tasks, compare_scores, evaluate, refe
 from vdot.evaluate.benchmark import FIRST_SEED  # noqa: E402
 from vdot.evaluate.classifier import classify, load_classifier  # noqa: E402
 from vdot.evaluate.distribution import frechet, sliced_wasserstein  # noqa: E402
-from vdot.evaluate.report import ALL, tabulate  # noqa: E402
+from vdot.evaluate.report import ALL, Difference, tabulate  # noqa: E402
 from vdot.evaluate.report import Row as Measured  # noqa: E402
 from vdot.parallel.state import Ranks  # noqa: E402
 from vdot.pipeline import checkpoint_schedule  # noqa: E402
@@ -271,7 +271,7 @@ def report(args: argparse.Namespace, rows: list[Row]) -> None:
     lines = ["| " + " | ".join(head) + " |", "|---|" + "--:|" * (len(head) - 1)]
     for name, found in tables.items():
         cells = [name, str(evaluations[name]), str(len(found)), collapsed(args, name, found, tables), interval(found)]
-        cells += ["" if other == name else gap(found, tables.get(other, {})) for other in (BASE, teacher)]
+        cells += ["" if other == name else gap(less(found, tables.get(other, {}))) for other in (BASE, teacher)]
         cells += [mean(found, lambda t, d=d: t.distances.get(d)) for d in ("frechet", "sliced_wasserstein")]
         cells += [mean(found, lambda t, m=m: t.cells[ALL][m].mean if m in t.cells[ALL] else None) for m in SHOWN]
         lines.append("| " + " | ".join(cells) + " |")
@@ -281,13 +281,14 @@ def report(args: argparse.Namespace, rows: list[Row]) -> None:
     draw(args, tables)
 
 
-def gap(found: dict[int, Table], others: dict[int, Table]) -> str:
+def less(found: dict[int, Table], others: dict[int, Table]) -> Difference | None:
     """Score less another row's on the same clips and noise, over the seeds that both ran with."""
     seeds = sorted(found.keys() & others.keys())
-    if not seeds:
-        return "not measured"
-    difference = compare_scores([found[seed] for seed in seeds], [others[seed] for seed in seeds])
-    return f"{difference.mean:+.1f} ({difference.low:+.1f} to {difference.high:+.1f})"
+    return compare_scores([found[seed] for seed in seeds], [others[seed] for seed in seeds]) if seeds else None
+
+
+def gap(difference: Difference | None) -> str:
+    return "not measured" if difference is None else "{:+.1f} ({:+.1f} to {:+.1f})".format(*astuple(difference)[:3])
 
 
 def collapsed(args: argparse.Namespace, name: str, found: dict[int, Table], tables: dict[str, dict[int, Table]]) -> str:
@@ -335,14 +336,21 @@ def draw(args: argparse.Namespace, tables: dict[str, dict[int, Table]]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (bars, curves) = plt.subplots(1, 2, figsize=(14, 5), layout="constrained")
+    figure, (gaps, curves) = plt.subplots(1, 2, figsize=(14, 5), layout="constrained")
+    base = tables.get(BASE, next(iter(tables.values())))
     for place, (name, found) in enumerate(tables.items()):
-        values = [table.scores[ALL][0] for table in found.values()]
-        bars.barh(place, np.mean(values), color="0.6" if name.startswith("teacher") else "tab:blue", alpha=0.6)
-        bars.plot(values, [place] * len(values), "k.", markersize=5)
-    bars.set_yticks(range(len(tables)), list(tables))
-    bars.invert_yaxis()
-    bars.set_xlabel("score on held-out tasks (100: the truth); points are seeds")
+        colour = "0.4" if name.startswith("teacher") else "tab:blue"
+        difference = less(found, base)
+        if difference is not None and found is not base:
+            gaps.plot([difference.low, difference.high], [place, place], color=colour, linewidth=6, alpha=0.4)
+            gaps.plot(difference.mean, place, "D", color=colour)
+        points = [found[s].scores[ALL][0] - base[s].scores[ALL][0] for s in sorted(found.keys() & base.keys())]
+        gaps.plot(points, [place] * len(points), "k.", markersize=5)
+    gaps.axvline(0, color="k", linewidth=0.8)
+    gaps.set_yticks(range(len(tables)), list(tables))
+    gaps.invert_yaxis()
+    gaps.set_xlabel(f"score less that of {BASE if BASE in tables else 'the teacher'}, same clips and noise")
+    gaps.set_title("mean, 95% interval, and seeds (points)", fontsize=10)
     for name in args.variants:
         lines = metrics(student(args.out, name, 0))
         points = [(line["step"], line["norm_generator"]) for line in lines if line.get("norm_generator")]
@@ -353,7 +361,8 @@ def draw(args: argparse.Namespace, tables: dict[str, dict[int, Table]]) -> None:
             curves.semilogy(steps[len(steps) - len(smooth) :], np.exp(smooth), label=name)
     curves.set_xlabel("step")
     curves.set_ylabel("norm of the generator's gradient, seed 0")
-    curves.legend(fontsize=8)
+    if curves.lines:
+        curves.legend(fontsize=8)
     figure.savefig(args.out / "figure.png", dpi=110)
 
 
