@@ -20,7 +20,7 @@ class Sums(NamedTuple):
     mass_y: Tensor  # [B,M] P^T 1
     moments: Tensor  # [B,N,2+D] sum_j P_ij [1, q'_j, t_j]
     directions: Tensor  # the same, for p = 1 with each P_ij divided by its distance
-    costs: Tensor | None  # [B,N] sum_j P_ij C_ij; None for p = 2, where moments say it
+    costs: Tensor | None = None  # [B,N] sum_j P_ij C_ij; None for p = 2, where moments say it
 
 
 @dataclass(frozen=True)
@@ -174,8 +174,9 @@ def join(parts: tuple[Transport, ...], problem: Problem, dtype: torch.dtype) -> 
     error, iterations, converged = (
         _cat([getattr(part, name) for part in parts]) for name in ("marginal_error", "iterations", "converged")
     )
-    columns = zip(*(part._sums for part in parts), strict=True)
-    sums = Sums(*(None if column[0] is None else _cat(column) for column in columns))
+    groups = [part._sums for part in parts]
+    known = [name for name, value in groups[0]._asdict().items() if value is not None]
+    sums = Sums(**{name: _cat([getattr(group, name) for group in groups]) for name in known})
     return Transport(error.to(dtype), iterations, converged, problem, sums, dtype)
 
 
@@ -183,5 +184,5 @@ def _widen(z: Tensor) -> Tensor:
     return z if z.device.type == "mps" else z.double()  # MPS has no float64
 
 
-def _cat(parts: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+def _cat(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
