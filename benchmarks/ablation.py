@@ -256,18 +256,8 @@ def report(args: argparse.Namespace, rows: list[Row]) -> None:
         if path.is_file():
             tables.setdefault(row.name, {})[row.seed] = load_table(path)
     teacher = rows[0].name
-    head = [
-        "",
-        "evaluations",
-        "runs",
-        "collapsed",
-        "score",
-        f"less {BASE}",
-        "less teacher",
-        "Frechet",
-        "sliced W.",
-        *SHOWN,
-    ]
+    head = ["", "evaluations", "runs", "collapsed", "score", f"less {BASE}", "less teacher", "Frechet", "sliced W."]
+    head += SHOWN
     lines = ["| " + " | ".join(head) + " |", "|---|" + "--:|" * (len(head) - 1)]
     for name, found in tables.items():
         cells = [name, str(evaluations[name]), str(len(found)), collapsed(args, name, found, tables), interval(found)]

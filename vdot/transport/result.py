@@ -19,8 +19,9 @@ class Sums(NamedTuple):
     g: Tensor  # [B,M]
     mass_y: Tensor  # [B,M] P^T 1
     moments: Tensor  # [B,N,2+D] sum_j P_ij [1, q'_j, t_j]
-    directions: Tensor  # the same, for p = 1 with each P_ij divided by its distance
-    costs: Tensor | None = None  # [B,N] sum_j P_ij C_ij; None for p = 2, where moments say it
+    # For p = 1 alone; for p = 2 moments say both.
+    directions: Tensor | None = None  # moments with each P_ij divided by its distance
+    costs: Tensor | None = None  # [B,N] sum_j P_ij C_ij
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ class Transport:
     @property
     def gradient(self) -> Tensor:
         """``[B,N,D]`` of cost and of OT_eps with respect to x, the plan held fixed."""
-        return to_gradient(self._problem, self._sums.directions).to(self._dtype)
+        directions = self._sums.moments if self._sums.directions is None else self._sums.directions
+        return to_gradient(self._problem, directions).to(self._dtype)
 
     def plan(self) -> Tensor:
         """The matrix ``P [B,N,M]``. For looking at small problems: nothing else here needs N x M numbers."""
@@ -149,9 +151,8 @@ def measure(engine: Streamed, state: State, tol: float) -> Transport:
     assert f is not None and state.col_lse is not None
     moments = engine.weigh(f, g)
     mass_y = (g + state.col_lse).clamp(max=MAX_EXPONENT).exp2()
-    costs, directions = None, moments
-    if problem.p == 1:
-        costs, directions = engine.weigh(f, g, power=1)[..., 0], engine.weigh(f, g, power=-1)
+    directions = engine.weigh(f, g, power=-1) if problem.p == 1 else None
+    costs = engine.weigh(f, g, power=1)[..., 0] if problem.p == 1 else None
     error = marginal_gap(problem, f, moments[..., 0]) + marginal_gap(problem.swap(), g, mass_y)
     return Transport(
         marginal_error=error,
