@@ -1,5 +1,6 @@
 """The small networks around the transformer: trained as they will be used, resumable, exported to be loaded."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -290,10 +291,11 @@ def test_text_encoder_learns_and_loads(tmp_path):
 
 def test_orthogonal_keeps_directions_and_evens_lengths():
     """Against the singular value decomposition: U V' up to the iteration's known spread of singular values."""
-    for shape in ((16, 48), (48, 16)):
+    for shape, compute in itertools.product(((16, 48), (48, 16)), (torch.float32, torch.bfloat16)):
         matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         u, _, v = torch.linalg.svd(matrix, full_matrices=False)
-        got = orthogonal(matrix)
+        got = orthogonal(matrix[None], compute)[0]
+        assert got.dtype == torch.float32
         values = torch.linalg.svdvals(got)
         assert 0.6 < values.min() and values.max() < 1.3
         assert torch.nn.functional.cosine_similarity(got.flatten(), (u @ v).flatten(), dim=0) > 0.97

@@ -22,7 +22,8 @@ LENGTH = 0.2  # root mean square of an update in learning rates, as Adam's usual
 class Muon(torch.optim.Optimizer):
     """``m <- b1 m + (1 - b1) g``; ``p <- p (1 - lr wd) - lr LENGTH sqrt(max(rows, columns)) orthogonal(Nesterov m)``.
 
-    With ``betas[1]`` and ``eps`` for those that follow Adam. Whole parameters on one device, no shards.
+    With ``betas[1]`` and ``eps`` for those that follow Adam. Whole parameters on one device, no shards. ``compute`` is
+    the type of the iteration's products, of which bfloat16 is enough.
     """
 
     def __init__(
@@ -32,11 +33,13 @@ class Muon(torch.optim.Optimizer):
         betas: tuple[float, float],
         weight_decay: float = 0.0,
         eps: float = 1e-8,
+        compute: torch.dtype = torch.float32,
     ) -> None:
         trained = [p for p in parameters.values() if p.requires_grad]
         if not trained or any(isinstance(p, DTensor) for p in trained):
             raise ConfigError("optimizer muon is for parameters that are whole: use parallel.shard=false, or adamw")
         super().__init__(trained, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "eps": eps})
+        self.compute = compute
         for p in trained:
             self.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p.detach())}
             if not is_matrix(p):
@@ -69,7 +72,7 @@ class Muon(torch.optim.Optimizer):
     def _turn(self, alike: list[Tensor], group: dict[str, Any]) -> None:
         """Matrices of one shape, together: small ones cost calls, not arithmetic."""
         grads, momenta = torch.stack(_gradients(alike)), torch.stack(self._states(alike, "exp_avg"))
-        directions = orthogonal(grads.lerp_(momenta, group["betas"][0]).flatten(2))
+        directions = orthogonal(grads.lerp_(momenta, group["betas"][0]).flatten(2), self.compute)
         length = LENGTH * max(directions.shape[1:]) ** 0.5
         torch._foreach_add_(alike, list(directions.view_as(grads).unbind()), alpha=-group["lr"] * length)
 
@@ -95,17 +98,17 @@ def is_matrix(parameter: Tensor) -> bool:
     return parameter.ndim > 1 and parameter.shape[0] > 1 and parameter[0].numel() > 1
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """``U V'`` of ``matrix = U S V' [..., m, n]`` approximately (singular values within 0.7 to 1.2), by Newton-Schulz.
+def orthogonal(matrix: Tensor, compute: torch.dtype = torch.float32) -> Tensor:
+    """``U V'`` of each ``matrix = U S V' [B, m, n]``, by Newton-Schulz: singular values end within 0.7 to 1.2.
 
-    In float32.
+    In ``compute``; the result is float32.
     """
     a, b, c = COEFFICIENTS
     x = matrix.float()
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-12)).to(compute)
     tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-12)
+    x = x.mT.contiguous() if tall else x
     for _ in range(ITERATIONS):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).float()

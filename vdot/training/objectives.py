@@ -22,6 +22,7 @@ from vdot.errors import InputError
 from vdot.flow import add_noise, sigma_to_t
 from vdot.parallel.state import Ranks
 from vdot.pipeline import checkpoint_defaults
+from vdot.runtime import DTYPES
 from vdot.sampling import FewStepSchedule
 from vdot.training.config import OptimizerConfig, TrainConfig
 from vdot.training.export import export
@@ -41,7 +42,7 @@ class Updater:
     def __init__(self, name: str, trained: Trained, config: OptimizerConfig, run: TrainConfig, guard: Guard) -> None:
         self.name, self.trained, self.config, self.run, self.guard = name, trained, config, run, guard
         betas = (config.betas[0], config.betas[1])
-        make = Muon if config.kind == "muon" else make_optimizer
+        make = partial(Muon, compute=DTYPES[run.parallel.compute]) if config.kind == "muon" else make_optimizer
         self.optimizer = make(trained.parameters, config.lr, betas, config.weight_decay, config.eps)
 
     def update(self, step: int, batches: Sequence[Any], differentiate: Callable, section: Section) -> dict[str, float]:
