@@ -56,6 +56,7 @@ from vdot.video.output import atomic_path  # noqa: E402
 NO_GAN = ("distill.gan.weight=0", "distill.gan.critic_weight=0")
 # The optimizer sees ratios of weights: with 0.2 for DMD instead of 1 for DMD and OT together, 0.5 becomes 0.1.
 GAN_BESIDE_DMD = "distill.gan.weight=0.1"
+RELEASE_WEIGHTS = ("distill.balance=release", "distill.gan.weight=0.1")
 # The release tells the network shift 8 and noises with shift 16.
 MISMATCH = ("distill.schedule.shift=8", f"distill.schedule.noise_levels={[round(x, 6) for x in RELEASE_NOISE_LEVELS]}")
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -65,7 +66,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "OT": ("distill.dmd.weight=0", *NO_GAN),
     "DMD + OT + GAN": (),
     "unbalanced OT": ("distill.ot.reach=1.0",),
-    "release weights": ("distill.balance=release", "distill.gan.weight=0.1"),
+    "release weights": RELEASE_WEIGHTS,
     "release schedule": MISMATCH,
 }
 BASE, WHOLE = "DMD", "DMD + OT + GAN"
