@@ -235,7 +235,7 @@ def main() -> None:
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(
         f"torch {torch.__version__}, {where}, {args.config}: width {dit.dim}, {dit.num_layers}+{len(dit.vace_layers)} "
-        f"blocks, {StepCost.tokens(batch.shape.latent)} tokens, recompute {config.parallel.recompute}, "
+        f"blocks, {StepCost(config, dit).tokens(batch.shape.latent)} tokens, recompute {config.parallel.recompute}, "
         f"built in {time.perf_counter() - began:.1f} s",
         flush=True,
     )

@@ -2,7 +2,7 @@
 
 import os
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -78,6 +78,22 @@ def test_diffusers_loads_strictly_and_agrees(tmp_path: Path, parts: Parts) -> No
         theirs = model(x, t, text, control_hidden_states=context, control_hidden_states_scale=torch.ones(2)).sample
     assert (ours - theirs).abs().max() < 1e-4
     assert AutoencoderKLWan.from_pretrained(folder / "vae").config.base_dim == 4
+
+
+@pytest.mark.parametrize("patch", [(1, 1, 1), (2, 2, 2), (1, 1, 2)])
+@torch.no_grad()
+def test_other_patches_agree_with_diffusers(tmp_path: Path, parts: Parts, patch: tuple[int, int, int]) -> None:
+    """Same tolerance. The published models all have patches of 1 x 2 x 2."""
+    torch.manual_seed(1)
+    dit = VaceDiT(replace(parts[0].config, patch_size=patch)).eval()
+    for module in (dit.head.head, *(block.after_proj for block in dit.vace_blocks)):
+        torch.nn.init.normal_(module.weight, std=0.1)  # zero at first: nothing would be compared
+    folder = save_checkpoint(tmp_path / "out", dit, layout="diffusers")
+    theirs = WanVACETransformer3DModel.from_pretrained(folder / "transformer")
+    x, context, text, t = torch.randn(1, 16, 2, 4, 6), torch.randn(1, 96, 2, 4, 6), torch.randn(1, 24, 32), 700.0
+    ours = dit(x, torch.tensor([t]), text, context)
+    other = theirs(x, torch.tensor([t]), text, control_hidden_states=context, control_hidden_states_scale=torch.ones(2))
+    assert ours.std() > 0.1 and (ours - other.sample).abs().max() < 1e-4
 
 
 def test_diffusers_pipeline_opens_it(tmp_path: Path, parts: Parts) -> None:

@@ -167,7 +167,7 @@ def test_half_precision_keeps_float32_islands():
 def test_wrong_shapes_are_named():
     with torch.device("meta"):
         dit = VaceDiT(PRESETS["tiny"].dit)
-        with pytest.raises(ValueError, match="even H, even W"):
+        with pytest.raises(ValueError, match="not whole patches"):
             dit(torch.zeros(1, 16, 2, 5, 4), torch.zeros(1), torch.zeros(1, 3, 128))
         with pytest.raises(ValueError, match="vace_context must be"):
             dit(torch.zeros(1, 16, 2, 4, 4), torch.zeros(1), torch.zeros(1, 3, 128), torch.zeros(1, 96, 3, 4, 4))

@@ -1,5 +1,6 @@
 """Sizes of the networks, under Wan2.1's own names (the keys of a published ``config.json``)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -34,6 +35,18 @@ class DitConfig:
     @property
     def head_dim(self) -> int:
         return self.dim // self.num_heads
+
+    def grid(self, latent: Sequence[int]) -> tuple[int, int, int]:
+        """Tokens along frames, height and width of latents ``[..., F, H, W]`` of that shape.
+
+        Raises:
+            ValueError: the patches do not tile it.
+        """
+        sizes, patch = tuple(latent[-3:]), self.patch_size
+        if any(size % p for size, p in zip(sizes, patch, strict=True)):
+            raise ValueError(f"latents of {' x '.join(map(str, sizes))} are not whole patches of {patch}")
+        f, h, w = (size // p for size, p in zip(sizes, patch, strict=True))
+        return f, h, w
 
 
 @dataclass(frozen=True)

@@ -157,7 +157,7 @@ class VaceDiT(nn.Module):
         """Predict the velocity ``noise - x0``.
 
         Args:
-            x: noisy latents ``[B, 16, F, H, W]``; H and W even.
+            x: noisy latents ``[B, 16, F, H, W]``, whole patches (the published models': H and W even).
             t: timesteps ``[B]`` in [0, 1000].
             text: prompt embeddings ``[B, L <= text_len, text_dim]``, zero past each prompt.
             vace_context: ``[B or 1, 96, F, H, W]``; ``None`` or ``context_scale=0`` leaves the hint branch out.
@@ -172,7 +172,7 @@ class VaceDiT(nn.Module):
             ValueError: shapes that do not belong together.
         """
         self._check(x, vace_context)
-        grid = (x.shape[2], x.shape[3] // 2, x.shape[4] // 2)
+        grid = self.config.grid(x.shape)
         rope: Rope = self.scatter(rope_table(self.config.head_dim, grid, x.device))
         prompt = self.embed_text(text, lengths)
         e, mod = self.embed_time(t)
@@ -213,8 +213,8 @@ class VaceDiT(nn.Module):
         return rearrange(patches, pattern, f=f, h=h, w=w, a=a, b=b, c=c)
 
     def _check(self, x: Tensor, context: Tensor | None) -> None:
-        if x.ndim != 5 or x.shape[1] != self.config.in_dim or x.shape[3] % 2 or x.shape[4] % 2:
-            raise ValueError(f"latents must be [B, {self.config.in_dim}, F, even H, even W], got {tuple(x.shape)}")
+        if x.ndim != 5 or x.shape[1] != self.config.in_dim:
+            raise ValueError(f"latents must be [B, {self.config.in_dim}, F, H, W], got {tuple(x.shape)}")
         if context is not None and context.shape[1:] != (self.config.vace_in_dim, *x.shape[2:]):
             want = (self.config.vace_in_dim, *x.shape[2:])
             raise ValueError(f"vace_context must be [B, {', '.join(map(str, want))}], got {tuple(context.shape)}")

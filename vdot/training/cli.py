@@ -158,8 +158,8 @@ def dry_run(config: TrainConfig, ranks: Ranks, gpus: int) -> None:
     rows = read_rows(config, ranks)
     with ranks.agree():
         if ranks.rank == 0:
-            data = rows.describe(config)
-            log.info("%s", "\n".join([*plan_training(config, largest(rows.shapes), gpus).describe(), *data]))
+            plan = plan_training(config, largest(rows.shapes), gpus)
+            log.info("%s", "\n".join([*plan.describe(), *rows.describe(config, plan.dit)]))
 
 
 def check_named(config: TrainConfig) -> None:

@@ -49,7 +49,7 @@ def forward_flops(dit: DitConfig, latent: Latent, text_rows: int = TEXT_ROWS) ->
 
     ``text_rows`` of the prompt; the padding rows that the network adds to them are counted.
     """
-    length, dim = tokens_of(latent), dit.dim
+    length, dim = prod(dit.grid(latent)), dit.dim
     text = min(dit.text_len, TEXT_BUCKET * ceil((text_rows + PADDING_ROWS) / TEXT_BUCKET))
     patch, hints = prod(dit.patch_size), len(dit.vace_layers)
     block = length * (6 * dim**2 + 2 * dim * dit.ffn_dim) + text * 2 * dim**2
@@ -64,7 +64,7 @@ def forward_flops(dit: DitConfig, latent: Latent, text_rows: int = TEXT_ROWS) ->
 
 def judge_flops(dit: DitConfig, latent: Latent, taps: int, inner: int, ffn_dim: int, time: bool) -> float:
     """Of the discriminator's heads on the features of one sample."""
-    length, dim = tokens_of(latent), dit.dim
+    length, dim = prod(dit.grid(latent)), dit.dim
     head = length * (dim**2 + dim * inner + 2 * inner**2 + 2 * inner)
     head += 2 * inner**2 + 2 * inner * ffn_dim + inner**2 + inner * dim
     return 2.0 * (taps * head + (taps + time) * dim**2 + dim)
@@ -76,10 +76,6 @@ def flop(count: float) -> str:
     return f"{count / 10 ** (3 * power):.4g} {'kMGTPE'[power - 1]}FLOP"
 
 
-def tokens_of(latent: Latent) -> int:
-    return latent[1] * (latent[2] // 2) * (latent[3] // 2)
-
-
 class StepCost:
     """Floating-point operations of a training step, the mean over exit steps.
 
@@ -89,9 +85,8 @@ class StepCost:
     def __init__(self, config: TrainConfig, dit: DitConfig) -> None:
         self.config, self.dit = config, dit
 
-    @staticmethod
-    def tokens(latent: Latent) -> int:
-        return tokens_of(latent)
+    def tokens(self, latent: Latent) -> int:
+        return prod(self.dit.grid(latent))
 
     def flops(self, step: int, latent: Latent) -> float:
         """Of one sample in training step ``step``."""
@@ -146,7 +141,7 @@ class Rows:
     shapes: Sequence[Shape]
     paired: Sequence[bool]
 
-    def describe(self, config: TrainConfig) -> list[str]:
+    def describe(self, config: TrainConfig, dit: DitConfig) -> list[str]:
         """``ConfigError`` for weights of tasks that are not there."""
         weights = Sampler(
             self.shapes, self.tasks, config.data.task_weights, config.batch_size, config.seed, self.paired
@@ -167,14 +162,14 @@ class Rows:
         for shape, count in Counter(self.shapes).most_common():
             lines.append(
                 f"  {count:7d} rows of {4 * shape.frames - 3} frames, {8 * shape.width} x {8 * shape.height}, "
-                f"{shape.references} references: {tokens_of(shape.latent)} tokens"
+                f"{shape.references} references: {prod(dit.grid(shape.latent))} tokens"
             )
         return lines
 
 
 def largest(shapes: Sequence[Shape]) -> Latent:
-    """Of the clips with most tokens: memory is counted for them."""
-    return max((shape.latent for shape in shapes), key=tokens_of)
+    """Of the clips with most latents: memory is counted for them."""
+    return max((shape.latent for shape in shapes), key=lambda latent: prod(latent[1:]))
 
 
 def read_rows(config: TrainConfig, ranks: Ranks) -> Rows:
@@ -216,7 +211,7 @@ class TrainingPlan:
         each = forward_flops(self.dit, self.latent).total
         return [
             f"{self.config.objective}  width {self.dit.dim}, {self.dit.num_layers} + {len(self.dit.vace_layers)} "
-            f"blocks; latents {frames} x {height} x {width} = {tokens_of(self.latent)} tokens",
+            f"blocks; latents {frames} x {height} x {width} = {prod(self.dit.grid(self.latent))} tokens",
             f"{self.world} GPUs: {split.world // split.sequence} groups of {split.sequence}, "
             f"{split.samples} samples each in a micro batch, {self.config.accumulation} micro batches",
             *self.memory.describe(),
