@@ -13,7 +13,8 @@ from vdot.checkpoints import load_text_encoder, load_vae
 from vdot.config import load_config
 from vdot.data.captions import ABSENT, CLASSES, attributes, draw_captions
 from vdot.data.pictures import PictureFeeder, Stage, draw_clip
-from vdot.data.sprites import TASKS, corpus, draw_scene
+from vdot.data.sprites import TASKS, corpus, draw_scene, draw_task
+from vdot.data.sprites.sprite import Track
 from vdot.data.world import WorldConfig
 from vdot.errors import ConfigError
 from vdot.models.vae import WanVAE
@@ -155,6 +156,18 @@ def test_errors_against_numbers():
     assert motion_error(made[:, :, :1], true[:, :, :1]) == 0
 
 
+def test_the_loss_is_the_weighted_sum_of_its_parts(tmp_path):
+    weights = {"pixels": 1.0, "squares": 3.0, "edges": 0.5, "motion": 0.75, "kl": 0.01}
+    named = [f"vae.{name}={weight}" for name, weight in weights.items() if name != "pixels"]
+    config = small_vae(tmp_path, "steps=1", "vae.dim_mult=[1,2,2,3]", *named)
+    run(config)
+    values = load_line((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+    parts = sum(weight * values[f"loss_{name}"] for name, weight in weights.items())
+    assert values["loss"] == pytest.approx(parts, rel=1e-5)
+    made = load_vae(tmp_path / "export", "float32").model
+    assert list(made.config.dim_mult) == [1, 2, 2, 3] and made.decoder.conv_in.weight.shape[0] == 12
+
+
 @pytest.mark.slow
 def test_training_learns_and_resumes_bit_for_bit(tmp_path):
     straight = small_vae(tmp_path / "straight", "steps=6", "vae.evaluate_every=6", "sample_every=6")
@@ -200,6 +213,7 @@ def load_line(line):
         ([Stage(lengths=[1], crop=20)], "crop"),
         ([Stage(lengths=[1], crop=64)], "crop"),
         ([Stage(lengths=[1], clips=3)], "clips"),
+        ([Stage(lengths=[1], pieces=0)], "pieces"),
     ],
 )
 def test_stages_that_do_not_fit_are_named(stages, reason):
@@ -223,6 +237,40 @@ def test_batches_depend_on_their_number_alone():
         assert batch.pixels.abs().max() <= 1
     halves = [PictureFeeder(world, stages, 0.4, rank, 2).draw(5).pixels for rank in range(2)]
     assert torch.equal(torch.cat(halves), ahead[3].pixels)
+
+
+def test_crops_are_cut_around_things():
+    """Each is a part of its clip, and a thing is in the middle half of it when the clip is halfway, or at the edge of
+    the frame."""
+    world, crop = WorldConfig(size=64, frames=5), 24
+    feeder = PictureFeeder(world, [Stage(0, [5], crop, 8, 4)], conditions=0.0)
+    pixels = feeder.draw(3).pixels.float()
+    assert pixels.shape == (8, 3, 5, crop, crop)
+    corners = []
+    for i, piece in enumerate(pixels):
+        number = 3 * feeder.most + i // 4
+        clip = draw_clip(world, number, 5, condition=False)
+        places = clip.unfold(2, crop, 1).unfold(3, crop, 1)  # [3, T, top, left, crop, crop]
+        error = (places - piece[:, :, None, None]).abs().amax((0, 1, 4, 5))
+        top, left = divmod(int(error.argmin()), error.shape[1])
+        assert error.min() < 1e-3  # half precision
+        corners.append((i // 4, left, top))
+        names = np.random.default_rng((world.seed, number, False, 2)).integers(len(TASKS))
+        scene = draw_task(world.seed + number, TASKS[int(names)], frames=5, width=64, height=64).scene
+        inside = np.array([Track.of(thing, scene).centre[2] for thing in scene.things]) - (left, top)
+        near = (inside >= crop / 4 - 1) | (np.array([left, top]) == 0)
+        far = (inside <= crop * 3 / 4 + 1) | (np.array([left, top]) == 64 - crop)
+        assert (near & far).all(1).any()
+    assert len(set(corners)) > 4  # not the same piece again and again
+
+
+def test_pieces_of_one_clip_have_their_own_times():
+    world = WorldConfig(size=32, frames=9)
+    one = PictureFeeder(world, [Stage(0, [1, 9], 0, 2, 1)], 0.0).draw(2).pixels
+    many = PictureFeeder(world, [Stage(0, [1, 9], 0, 2, 6)], 0.0).draw(2).pixels
+    assert many.shape == one.shape == (18, 3, 1, 32, 32)
+    assert torch.equal(many[0], one[0]) and torch.equal(many[6], one[1])
+    assert 1 < len({piece.numpy().tobytes() for piece in many[:6]}) <= 5  # as many pictures as are rendered
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -4,12 +4,14 @@ Sources split into what is kept and what changes, controls, grey where nothing i
 ``n`` is a function of the settings and of ``n`` alone.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 from vdot.conditioning import split_clips
 from vdot.data.decoding import Workers
 from vdot.data.sprites import TASKS, draw_task
+from vdot.data.sprites.sprite import Track
 from vdot.data.world import WorldConfig
 from vdot.errors import ConfigError
 from vdot.request import Defaults, Request, prepare
@@ -33,8 +36,9 @@ class Stage:
 
     steps: int = 0  # the last stage takes what remains
     lengths: list[int] = field(default_factory=lambda: [1, 5, 17])  # frames; in turn, short clips in larger batches
-    crop: int = 0  # pixels, width and height, cut out of the frames; 0: whole frames
+    crop: int = 0  # pixels, width and height, cut out of the frames around a thing; 0: whole frames
     clips: int = 2  # of the longest length in a batch, over all ranks
+    pieces: int = 1  # cut out of every clip that is rendered, each at its own time and place
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,12 @@ def draw_clip(world: WorldConfig, number: int, frames: int, condition: bool) -> 
     References come as pictures only, as VACE has them. A clip of one grey is all alike, so where a task has nothing
     else it is a plain colour instead.
     """
+    return next(_windows(world, number, frames, condition))[0]
+
+
+def _windows(world: WorldConfig, number: int, frames: int, condition: bool) -> Iterator[tuple[Tensor, np.ndarray]]:
+    """Pieces of a clip without end, and where its things are halfway through each: x and y in pixels ``[n, 2]``, none
+    in a reference."""
     rng = np.random.default_rng((world.seed, number, world.split == "test", 2))
     names = world.tasks or TASKS
     rendered = world.frames if frames > 1 else STILL_FRAMES
@@ -70,16 +80,31 @@ def draw_clip(world: WorldConfig, number: int, frames: int, condition: bool) -> 
         parts, _ = split_clips(prepare(Request(**task.request()), Defaults()).condition)
     else:
         parts = [to_model(task.video)]
-    windows = [_window(part, frames, rng) for part in parts if part.shape[1] >= frames]
-    seen = [window for window in windows if window.amax() - window.amin() > FLAT]
-    if seen:
-        return seen[int(rng.integers(len(seen)))]
-    return torch.from_numpy(rng.uniform(-1, 1, (3, 1, 1, 1))).float().expand(3, frames, world.size, world.size)
+    while True:
+        windows: list[tuple[Tensor, np.ndarray]] = []
+        for part in parts:
+            if part.shape[1] < frames:
+                continue
+            start = int(rng.integers(part.shape[1] - frames + 1))
+            things = task.scene.things if part.shape[1] == rendered else ()  # what else there is are references
+            middle = [Track.of(thing, task.scene).centre[start + frames // 2] for thing in things]
+            windows.append((part[:, start : start + frames], np.array(middle).reshape(-1, 2)))
+        seen = [window for window in windows if window[0].amax() - window[0].amin() > FLAT]
+        if seen:
+            yield seen[int(rng.integers(len(seen)))]
+        else:
+            colour = torch.from_numpy(rng.uniform(-1, 1, (3, 1, 1, 1))).float()
+            yield colour.expand(3, frames, world.size, world.size), np.empty((0, 2))
 
 
-def _window(clip: Tensor, frames: int, rng: np.random.Generator) -> Tensor:
-    start = int(rng.integers(clip.shape[1] - frames + 1))
-    return clip[:, start : start + frames]
+def _corner(things: np.ndarray, size: int, crop: int, rng: np.random.Generator) -> tuple[int, int]:
+    """Of a crop (x, y) that has one of ``things [n, 2]`` well inside; anywhere where there is none."""
+    if not len(things):
+        x, y = rng.integers(size - crop + 1, size=2)
+        return int(x), int(y)
+    middle = things[int(rng.integers(len(things)))] + rng.uniform(-crop / 4, crop / 4, 2)
+    x, y = np.clip(np.rint(middle - crop / 2), 0, size - crop)
+    return int(x), int(y)
 
 
 class PictureFeeder:
@@ -131,18 +156,21 @@ class PictureFeeder:
         stage = self.stage(number)
         frames = stage.lengths[number % len(stage.lengths)]
         count = max(1, stage.clips // self.ranks * max(stage.lengths) // frames)
-        first = number * self.most + self.rank * count
-        clips = [self._clip(first + i, frames, stage.crop) for i in range(count)]
-        return Pictures(torch.stack(clips).half(), number)
+        rendered = math.ceil(count / stage.pieces)
+        first = number * self.most + self.rank * rendered
+        pieces = [piece for i in range(rendered) for piece in self._pieces(first + i, frames, stage)]
+        return Pictures(torch.stack(pieces[:count]).half(), number)
 
-    def _clip(self, number: int, frames: int, crop: int) -> Tensor:
+    def _pieces(self, number: int, frames: int, stage: Stage) -> Iterator[Tensor]:
         # Spread evenly over the clips of the run, whatever a batch has room for.
         condition = int((number + 1) * self.conditions) > int(number * self.conditions)
-        clip = draw_clip(self.world, number, frames, condition)
-        if not crop:
-            return clip
-        top, left = np.random.default_rng((self.world.seed, number, 4)).integers(self.world.size - crop + 1, size=2)
-        return clip[..., top : top + crop, left : left + crop]
+        rng = np.random.default_rng((self.world.seed, number, 4))
+        for clip, things in islice(_windows(self.world, number, frames, condition), stage.pieces):
+            if not stage.crop:
+                yield clip
+                continue
+            left, top = _corner(things, self.world.size, stage.crop, rng)
+            yield clip[..., top : top + stage.crop, left : left + stage.crop]
 
 
 def check_stages(stages: Sequence[Stage], world: WorldConfig, ranks: int) -> None:
@@ -158,5 +186,7 @@ def check_stages(stages: Sequence[Stage], world: WorldConfig, ranks: int) -> Non
             )
         if stage.crop % 8 or not 0 <= stage.crop <= world.size:
             raise ConfigError(f"a stage's crop must be a multiple of 8 of at most {world.size}, got {stage.crop}")
+        if stage.pieces < 1:
+            raise ConfigError(f"a stage's pieces must be at least 1, got {stage.pieces}")
         if stage.clips < 1 or stage.clips % ranks:
             raise ConfigError(f"a stage's clips must be a multiple of the {ranks} processes, got {stage.clips}")

@@ -71,14 +71,16 @@ class Autoencoder(WholeNetwork):
             noise = torch.randn(mean.shape, generator=generator).to(mean.device)
             made = self.network.decode(mean + (0.5 * log_variance).exp() * noise).float()
         vae = self.config.vae
+        error = made - batch.pixels
         parts = {
-            "loss_pixels": (made - batch.pixels).abs().mean(),
+            "loss_pixels": error.abs().mean(),
+            "loss_squares": error.square().mean(),
             "loss_edges": edge_error(made, batch.pixels),
             "loss_motion": motion_error(made, batch.pixels),
             "loss_kl": kl_divergence(mean, log_variance),
         }
-        weights = {"loss_pixels": 1.0, "loss_edges": vae.edges, "loss_motion": vae.motion, "loss_kl": vae.kl}
-        loss = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
+        weights = [1.0, vae.squares, vae.edges, vae.motion, vae.kl]
+        loss = torch.stack([weight * part for weight, part in zip(weights, parts.values(), strict=True)]).sum()
         with section("backward"):
             (share * loss).backward()
         spread = mean.detach().std(dim=(0, 2, 3, 4))
@@ -89,7 +91,9 @@ class Autoencoder(WholeNetwork):
         clips, _, frames, height, width = batch.pixels.shape
         scale = clips * self.everyone.size / self.config.batch_size  # the loop counts batch_size samples
         tokens = ((frames - 1) // 4 + 1) * (height // 8) * (width // 8)
-        return scale * tokens, 3 * scale * forward_flops(self.config.vae.base_dim, (frames, height, width))
+        return scale * tokens, 3 * scale * forward_flops(
+            self.network.model.config["base_dim"], tuple(self.network.model.config["dim_mult"]), (frames, height, width)
+        )
 
     # --- what it has learned
 
@@ -166,16 +170,16 @@ def initial(config: TrainConfig) -> AutoencoderKLWan:
         model = AutoencoderKLWan.from_config(old.config)
         model.load_state_dict(old.state_dict())
         return model
-    model = AutoencoderKLWan(base_dim=config.vae.base_dim)
+    model = AutoencoderKLWan(base_dim=config.vae.base_dim, dim_mult=list(config.vae.dim_mult))
     start(model, config.seed)  # equal on all ranks
     return model
 
 
 @lru_cache(maxsize=16)
-def forward_flops(base_dim: int, size: tuple[int, ...]) -> float:
+def forward_flops(base_dim: int, dim_mult: tuple[int, ...], size: tuple[int, ...]) -> float:
     """Of encoding and decoding one clip of ``size`` (frames, height, width), by doing it on the meta device."""
     with torch.device("meta"):
-        network = WholeClipVAE(AutoencoderKLWan(base_dim=base_dim))
+        network = WholeClipVAE(AutoencoderKLWan(base_dim=base_dim, dim_mult=list(dim_mult)))
         pixels = torch.empty(1, 3, *size)
     return count_stage("vae", network, lambda: network.decode(network.encode(pixels)[0])).flops
 

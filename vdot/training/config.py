@@ -68,8 +68,10 @@ class VaeConfig:
     """The autoencoder, trained on clips of the procedural world (``world.size``, ``frames``, ``tasks``, ``seed``)."""
 
     base_dim: int = 16  # channels at full resolution; an existing autoencoder (ckpt_dir) keeps its own
+    dim_mult: list[int] = field(default_factory=lambda: [1, 2, 4, 4])  # times base_dim, down to an eighth of the size
     stages: list[Stage] = field(default_factory=lambda: [Stage()])  # from small and many steps to what it is for
     conditions: float = 0.4  # share of clips that are not real: controls, masked sources, references on white
+    squares: float = 0.0  # weight of squared errors beside absolute ones: small things count more, wide grounds less
     edges: float = 1.0  # weight of differences between neighbouring pixels beside that of the pixels
     motion: float = 0.5  # weight of differences between frames
     kl: float = 1e-4  # weight of the posterior's divergence, nats per latent value
