@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,10 @@ class DitConfig:
             raise ValueError(f"latents of {' x '.join(map(str, sizes))} are not whole patches of {patch}")
         f, h, w = (size // p for size, p in zip(sizes, patch, strict=True))
         return f, h, w
+
+    def tokens(self, latent: Sequence[int]) -> int:
+        """How many those are."""
+        return prod(self.grid(latent))
 
 
 @dataclass(frozen=True)

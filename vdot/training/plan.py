@@ -49,7 +49,7 @@ def forward_flops(dit: DitConfig, latent: Latent, text_rows: int = TEXT_ROWS) ->
 
     ``text_rows`` of the prompt; the padding rows that the network adds to them are counted.
     """
-    length, dim = prod(dit.grid(latent)), dit.dim
+    length, dim = dit.tokens(latent), dit.dim
     text = min(dit.text_len, TEXT_BUCKET * ceil((text_rows + PADDING_ROWS) / TEXT_BUCKET))
     patch, hints = prod(dit.patch_size), len(dit.vace_layers)
     block = length * (6 * dim**2 + 2 * dim * dit.ffn_dim) + text * 2 * dim**2
@@ -64,7 +64,7 @@ def forward_flops(dit: DitConfig, latent: Latent, text_rows: int = TEXT_ROWS) ->
 
 def judge_flops(dit: DitConfig, latent: Latent, taps: int, inner: int, ffn_dim: int, time: bool) -> float:
     """Of the discriminator's heads on the features of one sample."""
-    length, dim = prod(dit.grid(latent)), dit.dim
+    length, dim = dit.tokens(latent), dit.dim
     head = length * (dim**2 + dim * inner + 2 * inner**2 + 2 * inner)
     head += 2 * inner**2 + 2 * inner * ffn_dim + inner**2 + inner * dim
     return 2.0 * (taps * head + (taps + time) * dim**2 + dim)
@@ -86,7 +86,7 @@ class StepCost:
         self.config, self.dit = config, dit
 
     def tokens(self, latent: Latent) -> int:
-        return prod(self.dit.grid(latent))
+        return self.dit.tokens(latent)
 
     def flops(self, step: int, latent: Latent) -> float:
         """Of one sample in training step ``step``."""
@@ -162,7 +162,7 @@ class Rows:
         for shape, count in Counter(self.shapes).most_common():
             lines.append(
                 f"  {count:7d} rows of {4 * shape.frames - 3} frames, {8 * shape.width} x {8 * shape.height}, "
-                f"{shape.references} references: {prod(dit.grid(shape.latent))} tokens"
+                f"{shape.references} references: {dit.tokens(shape.latent)} tokens"
             )
         return lines
 
@@ -211,7 +211,7 @@ class TrainingPlan:
         each = forward_flops(self.dit, self.latent).total
         return [
             f"{self.config.objective}  width {self.dit.dim}, {self.dit.num_layers} + {len(self.dit.vace_layers)} "
-            f"blocks; latents {frames} x {height} x {width} = {prod(self.dit.grid(self.latent))} tokens",
+            f"blocks; latents {frames} x {height} x {width} = {self.dit.tokens(self.latent)} tokens",
             f"{self.world} GPUs: {split.world // split.sequence} groups of {split.sequence}, "
             f"{split.samples} samples each in a micro batch, {self.config.accumulation} micro batches",
             *self.memory.describe(),
