@@ -221,6 +221,12 @@ def test_stages_that_do_not_fit_are_named(stages, reason):
         PictureFeeder(WorldConfig(size=32, frames=9), stages, 0.4, 0, 2)
 
 
+@pytest.mark.parametrize("widths", ["[1,2,4]", "[1,2,4,0]", "[]"])
+def test_widths_that_do_not_fit_are_named(widths, tmp_path):
+    with pytest.raises(ConfigError, match=r"vae\.dim_mult must be four"):
+        small_vae(tmp_path, f"vae.dim_mult={widths}")
+
+
 # --- pictures --------------------------------------------------------------------------------------------------------
 
 

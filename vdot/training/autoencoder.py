@@ -79,8 +79,14 @@ class Autoencoder(WholeNetwork):
             "loss_motion": motion_error(made, batch.pixels),
             "loss_kl": kl_divergence(mean, log_variance),
         }
-        weights = [1.0, vae.squares, vae.edges, vae.motion, vae.kl]
-        loss = torch.stack([weight * part for weight, part in zip(weights, parts.values(), strict=True)]).sum()
+        weights = {
+            "loss_pixels": 1.0,
+            "loss_squares": vae.squares,
+            "loss_edges": vae.edges,
+            "loss_motion": vae.motion,
+            "loss_kl": vae.kl,
+        }
+        loss = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
         with section("backward"):
             (share * loss).backward()
         spread = mean.detach().std(dim=(0, 2, 3, 4))
@@ -91,9 +97,9 @@ class Autoencoder(WholeNetwork):
         clips, _, frames, height, width = batch.pixels.shape
         scale = clips * self.everyone.size / self.config.batch_size  # the loop counts batch_size samples
         tokens = ((frames - 1) // 4 + 1) * (height // 8) * (width // 8)
-        return scale * tokens, 3 * scale * forward_flops(
-            self.network.model.config["base_dim"], tuple(self.network.model.config["dim_mult"]), (frames, height, width)
-        )
+        widths = self.network.model.config
+        flops = forward_flops(widths["base_dim"], tuple(widths["dim_mult"]), (frames, height, width))
+        return scale * tokens, 3 * scale * flops
 
     # --- what it has learned
 

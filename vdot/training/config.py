@@ -67,8 +67,9 @@ class FlowConfig:
 class VaeConfig:
     """The autoencoder, trained on clips of the procedural world (``world.size``, ``frames``, ``tasks``, ``seed``)."""
 
-    base_dim: int = 16  # channels at full resolution; an existing autoencoder (ckpt_dir) keeps its own
-    dim_mult: list[int] = field(default_factory=lambda: [1, 2, 4, 4])  # times base_dim, down to an eighth of the size
+    # An existing autoencoder (ckpt_dir) keeps its own widths.
+    base_dim: int = 16  # channels at full resolution
+    dim_mult: list[int] = field(default_factory=lambda: [1, 2, 4, 4])  # times base_dim, at 1, 1/2, 1/4, 1/8 of the size
     stages: list[Stage] = field(default_factory=lambda: [Stage()])  # from small and many steps to what it is for
     conditions: float = 0.4  # share of clips that are not real: controls, masked sources, references on white
     squares: float = 0.0  # weight of squared errors beside absolute ones: small things count more, wide grounds less
@@ -79,6 +80,10 @@ class VaeConfig:
     evaluate_clips: int = 12  # held out, of each kind
     statistics_clips: int = 256  # whose latents an export makes standard
     text_encoder: str | None = None  # checkpoint whose text encoder goes into the export as well
+
+    def __post_init__(self) -> None:
+        if len(self.dim_mult) != 4 or min(self.dim_mult) < 1:
+            raise ConfigError(f"vae.dim_mult must be four whole numbers of at least 1, got {self.dim_mult}")
 
 
 @dataclass
