@@ -15,7 +15,7 @@ from vdot.data.sprites.scene import (
     MAX_THINGS,
     PATTERN_COLOURS,
     PATTERNS,
-    SIZES,
+    SIZE_NAMES,
     STEPS,
     TURNS,
     Split,
@@ -35,7 +35,7 @@ THING_CLASSES: dict[str, tuple[str, ...]] = {
     "colour": tuple(COLOURS),
     "pattern": PATTERNS,
     "worn": ("", *PATTERN_COLOURS),
-    "size": tuple(SIZES),
+    "size": SIZE_NAMES,
     "motion": ALL_MOTIONS,
     "direction": ("", *STEPS, *TURNS),
 }

@@ -21,7 +21,7 @@ from vdot.conditioning import split_clips
 from vdot.data.decoding import Workers
 from vdot.data.sprites import TASKS, draw_task
 from vdot.data.sprites.sprite import Track
-from vdot.data.world import WorldConfig
+from vdot.data.world import WorldConfig, scene_options
 from vdot.errors import ConfigError
 from vdot.request import Defaults, Request, prepare
 from vdot.video import to_model
@@ -74,8 +74,8 @@ def _windows(world: WorldConfig, number: int, frames: int, condition: bool) -> I
     rng = np.random.default_rng((world.seed, number, world.split == "test", 2))
     names = world.tasks or TASKS
     rendered = world.frames if frames > 1 else STILL_FRAMES
-    size = {"frames": rendered, "width": world.size, "height": world.size}
-    task = draw_task(world.seed + number, names[int(rng.integers(len(names)))], split=world.split, **size)  # type: ignore[arg-type]
+    options = scene_options(replace(world, frames=rendered))
+    task = draw_task(world.seed + number, names[int(rng.integers(len(names)))], **options)
     if condition:
         parts, _ = split_clips(prepare(Request(**task.request()), Defaults()).condition)
     else:

@@ -3,7 +3,7 @@
 import threading
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -11,7 +11,7 @@ from vdot.data.batch import Example, Shape
 from vdot.data.decoding import Pixels, pixels_of
 from vdot.data.manifest import Entry, Row
 from vdot.data.sprites import TASKS, TaskClip, count_references, draw_task
-from vdot.data.sprites.scene import Split
+from vdot.data.sprites.scene import VIEWS
 from vdot.errors import ConfigError
 from vdot.request import Defaults, Request, prepare
 
@@ -30,6 +30,7 @@ class WorldConfig:
     seed: int = 0
     split: str = "train"  # train | test: no scene of one is in the other
     keep: int = 4096  # encoded examples that stay in memory
+    view: str = "far"  # far | near: how large things appear
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.tasks) - set(TASKS))
@@ -37,6 +38,8 @@ class WorldConfig:
             raise ConfigError(f"the world has no task {unknown[0]!r}: its tasks are {', '.join(TASKS)}")
         if self.size % 16 or self.frames % 4 != 1 or self.split not in ("train", "test"):
             raise ConfigError("world: size must be a multiple of 16, frames 4k + 1, split train or test")
+        if self.view not in VIEWS:
+            raise ConfigError(f"world: no view {self.view!r}: use one of {', '.join(VIEWS)}")
 
 
 def world_rows(config: WorldConfig) -> tuple[list[str], list[Shape]]:
@@ -44,18 +47,20 @@ def world_rows(config: WorldConfig) -> tuple[list[str], list[Shape]]:
     names = config.tasks or list(TASKS)
     tasks = [names[i % len(names)] for i in range(config.clips)]
     grid = ((config.frames - 1) // 4 + 1, config.size // 8, config.size // 8)
-    split, size = _split(config.split), _size(config)
-    references = [count_references(config.seed + i, task, split, **size) for i, task in enumerate(tasks)]
+    options = scene_options(config)
+    references = [count_references(config.seed + i, task, **options) for i, task in enumerate(tasks)]
     return tasks, [Shape(count, *grid) for count in references]
 
 
-def _size(config: WorldConfig) -> dict[str, int]:
-    return {"frames": config.frames, "width": config.size, "height": config.size}
+def scene_options(config: WorldConfig) -> dict[str, Any]:
+    """As ``draw_task`` takes them."""
+    size = {"frames": config.frames, "width": config.size, "height": config.size}
+    return {"split": config.split, "view": config.view, **size}
 
 
 def draw_clip(config: WorldConfig, index: int, task: str) -> TaskClip:
     """Clip ``index``: scene ``seed + index`` as ``task``."""
-    return draw_task(config.seed + index, task, _split(config.split), **_size(config))
+    return draw_task(config.seed + index, task, **scene_options(config))
 
 
 def draw_pixels(config: WorldConfig, index: int, task: str) -> Pixels:
@@ -97,7 +102,3 @@ class WorldSource:
 
     def close(self) -> None:
         """Nothing is open."""
-
-
-def _split(name: str) -> Split:
-    return "test" if name == "test" else "train"

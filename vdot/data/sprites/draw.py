@@ -17,18 +17,18 @@ from vdot.data.sprites.scene import (
     PATTERN_COLOURS,
     PATTERNS,
     PERSON_MOTIONS,
-    PERSON_SCALE,
     ROUND,
     SHAPES,
-    SIZES,
     STEPS,
     STILL,
     TURNS,
+    VIEWS,
     Background,
     Motion,
     Scene,
     Split,
     Thing,
+    View,
     split_of,
 )  # fmt: skip
 from vdot.errors import InputError
@@ -57,22 +57,28 @@ def draw_scene(
     width: int = 64,
     things: int | None = None,
     person: bool = False,
+    view: str = "far",
 ) -> Scene:
     """The scene of a seed: one to three things (or as many as asked), one of them a person if ``person``.
+
+    ``view``: how large they appear, "far" or "near" (``VIEWS``).
 
     Every thing's combination of colour, shape and motion belongs to ``split``, so nothing in a test scene has been
     seen moving like that in training, while each colour, shape and motion has.
 
     Raises:
-        InputError: a size, a count or a split that does not exist.
+        InputError: a size, a count, a view or a split that does not exist.
     """
     check_canvas(frames, height, width)
     if split not in ("train", "test"):
         raise InputError(f'split must be "train" or "test", got {split!r}')
     if things is not None and not 1 <= things <= MAX_THINGS:
         raise InputError(f"a scene has one to {MAX_THINGS} things, got {things}")
+    if view not in VIEWS:
+        raise InputError(f"a scene has no view {view!r}: use one of {', '.join(VIEWS)}")
+    seen = VIEWS[view]
     rng = np.random.default_rng([seed, split == "test"])
-    count = things or pick(rng, (1, 1, 1, 1, 1, 2, 2, 2, 3, 3))
+    count = things or pick(rng, seen.counts)
     background = draw_background(rng)
     crossing = count > 1 and rng.random() < 0.3
     half = (width / (2 * min(height, width)), height / (2 * min(height, width)))
@@ -83,9 +89,10 @@ def draw_scene(
         if crossing and i < 2:
             kinds = ("slide", "walk")
         shapes = ("person",) if person and i == 0 else SHAPES
-        drawn.append(draw_thing(rng, split, background, drawn, half, shapes=shapes, kinds=kinds, crowd=count))
+        options: dict[str, Any] = {"shapes": shapes, "kinds": kinds, "crowd": count, "view": seen}
+        drawn.append(draw_thing(rng, split, background, drawn, half, **options))
     if crossing:
-        drawn[:2] = _cross(rng, drawn[0], drawn[1], half)
+        drawn[:2] = _cross(rng, drawn[0], drawn[1], half, seen.paths)
     camera = _draw_camera(rng, drawn)
     scene = Scene(background, tuple(drawn), camera, crossing, frames, height, width, split)
     return _place(rng, scene, half)
@@ -126,8 +133,10 @@ def draw_thing(
     kinds: Sequence[str] = ALL_MOTIONS,
     avoid: str = "",
     crowd: int = 1,
+    view: View = VIEWS["far"],
 ) -> Thing:
-    """A thing at the centre, of some of ``shapes`` with some of ``kinds`` of motion, and not of the colour ``avoid``.
+    """A thing at the centre, of some of ``shapes`` with some of ``kinds`` of motion, and not of the colour ``avoid``,
+    as one of ``crowd``.
 
     It differs from the others in shape and colour, and stands out from the background, as far as the split allows.
     """
@@ -144,13 +153,13 @@ def draw_thing(
     seconds = [c for c in PATTERN_COLOURS if c != colour and c not in hidden]
     plain = rng.random() < 0.4 and not (kind == "spin" and shape in ROUND)
     pattern, second = ("plain", "") if plain else (pick(rng, PATTERNS[1:]), pick(rng, seconds or ["white"]))
-    size = pick(rng, ("small", "medium") if crowd > 2 else ("small", "medium", "medium", "large"))
-    radius = float(SIZES[size] * rng.uniform(0.94, 1.06) * (PERSON_SCALE if shape == "person" else 1))
+    size = pick(rng, view.room[crowd])
+    radius = float((view.people if shape == "person" else view.sizes)[size] * rng.uniform(0.94, 1.06))
     red, green, blue = (int(v) for v in np.clip(COLOURS[colour] + rng.integers(-10, 11, 3), 0, 255))
     angle = 0.0 if shape == "person" else float(rng.uniform(-0.2, 0.2))
     depth = float(0.4 + 0.5 * (len(others) + rng.random() * 0.5) / MAX_THINGS)
     thing = Thing(shape, colour, (red, green, blue), pattern, second, size, radius, 0.0, 0.0, angle, depth, STILL)
-    return replace(thing, motion=_draw_motion(rng, kind, thing.half_extent, half))
+    return replace(thing, motion=_draw_motion(rng, kind, thing.half_extent, half, view.paths))
 
 
 def _combination(
@@ -166,20 +175,27 @@ def _combination(
     return None
 
 
-def _draw_motion(rng: np.random.Generator, kind: str, extent: tuple[float, float], half: tuple[float, float]) -> Motion:
+def _draw_motion(
+    rng: np.random.Generator, kind: str, extent: tuple[float, float], half: tuple[float, float], paths: float
+) -> Motion:
     room = [max(0.2, 2 * (h - e)) for h, e in zip(half, extent, strict=True)]
+
+    def length(low: float, high: float) -> float:
+        return paths * float(rng.uniform(low, high))
+
     if kind in ("slide", "walk"):
         direction = pick(rng, tuple(STEPS) if kind == "slide" else ("left", "right"))
         axis = 0 if direction in ("left", "right") else 1
-        travel = min(float(rng.uniform(0.48, 0.68)), room[axis])
+        travel = min(length(0.48, 0.68), room[axis])
         return Motion(kind, direction, travel, cycles=2)
     if kind == "bounce":
-        return Motion(kind, pick(rng, ("", "left", "right")), min(float(rng.uniform(0.3, 0.45)), room[1]), cycles=2)
+        sideways = ("", "left", "right") if room[0] > 0.4 else ("",)
+        return Motion(kind, pick(rng, sideways), min(length(0.3, 0.45), room[1]), cycles=2)
     if kind == "jump":
-        return Motion(kind, "", min(float(rng.uniform(0.18, 0.26)), room[1]), cycles=2)
+        return Motion(kind, "", min(length(0.18, 0.26), room[1]), cycles=2)
     turn = pick(rng, tuple(TURNS))
     if kind == "orbit":
-        travel = min(float(rng.uniform(0.16, 0.24)), min(room) / 2)
+        travel = min(length(0.16, 0.24), min(room) / 2)
         return Motion(kind, turn, travel, 1.0, float(rng.uniform(0, 2 * np.pi)))
     if kind == "spin":
         return Motion(kind, turn, cycles=float(rng.uniform(0.6, 0.9)))
@@ -195,12 +211,12 @@ def _draw_camera(rng: np.random.Generator, things: Sequence[Thing]) -> str:
     return pick(rng, free) if free else ""
 
 
-def _cross(rng: np.random.Generator, front: Thing, back: Thing, half: tuple[float, float]) -> list[Thing]:
+def _cross(rng: np.random.Generator, front: Thing, back: Thing, half: tuple[float, float], paths: float) -> list[Thing]:
     """Both along the same row, towards each other, the first in front."""
     ways = ("left", "right") if rng.random() < 0.5 else ("right", "left")
     crossed = []
     for thing, way, depth in ((front, ways[0], 0.9), (back, ways[1], 0.55)):
-        travel = min(0.64, max(0.4, 2 * (half[0] - thing.half_extent[0])))
+        travel = min(0.64 * paths, max(0.4, 2 * (half[0] - thing.half_extent[0])))
         crossed.append(replace(thing, depth=depth, motion=Motion(thing.motion.kind, way, travel, cycles=2)))
     return crossed
 

@@ -30,8 +30,38 @@ COLOUR_NAMES = tuple(COLOURS)
 PATTERN_COLOURS: dict[str, RGB] = {"white": (250, 250, 250), "yellow": (250, 212, 50), "black": (36, 36, 40)}
 PATTERNS = ("plain", "striped", "spotted", "checked")
 SHAPES = tuple("ball square triangle star heart ring cross moon flower hexagon drop arrow house fish person".split())
-SIZES = {"small": 0.14, "medium": 0.19, "large": 0.25}  # radius; a person's half height is PERSON_SCALE times that
-PERSON_SCALE = 1.4
+
+SIZE_NAMES = ("small", "medium", "large")
+
+
+@dataclass(frozen=True)
+class View:
+    """How near the camera is to the things: how large they appear, and how far they go in a clip."""
+
+    sizes: dict[str, float]  # radius
+    people: dict[str, float]  # half height
+    counts: tuple[int, ...]  # of things in a scene, each entry as likely as the next
+    room: dict[int, tuple[str, ...]]  # their sizes, by how many there are
+    paths: float  # lengths of their paths, of those of the far view
+
+
+_ANY = ("small", "medium", "medium", "large")
+VIEWS: dict[str, View] = {
+    "far": View(
+        sizes={"small": 0.14, "medium": 0.19, "large": 0.25},
+        people={"small": 0.196, "medium": 0.266, "large": 0.35},
+        counts=(1, 1, 1, 1, 1, 2, 2, 2, 3, 3),
+        room={1: _ANY, 2: _ANY, 3: ("small", "medium")},
+        paths=1.0,
+    ),
+    "near": View(
+        sizes={"small": 0.19, "medium": 0.26, "large": 0.34},
+        people={"small": 0.26, "medium": 0.31, "large": 0.37},
+        counts=(1, 1, 1, 1, 1, 1, 2, 2, 2, 3),
+        room={1: _ANY, 2: ("small", "small", "medium"), 3: ("small",)},
+        paths=0.72,
+    ),
+}  # fmt: skip
 
 BACKDROP_COLOURS: dict[str, RGB] = {
     "white": (244, 244, 242),
