@@ -35,6 +35,7 @@ from vdot.checkpoints import inspect_checkpoint, load_dit, load_vae  # noqa: E40
 from vdot.data.batch import collate  # noqa: E402
 from vdot.data.dataset import EncodedSource  # noqa: E402
 from vdot.data.encoding import EncodeConfig, encode_table  # noqa: E402
+from vdot.data.sprites.scene import VIEWS  # noqa: E402
 from vdot.data.world import WorldConfig  # noqa: E402
 from vdot.distillation.draws import Draws  # noqa: E402
 from vdot.distillation.networks import Network  # noqa: E402
@@ -148,7 +149,7 @@ def rows_of(args: argparse.Namespace) -> list[Row]:
 def open_tasks(args: argparse.Namespace, device: torch.device) -> EncodedSource:
     """The benchmark's tasks, encoded once."""
     folder = args.out / "tasks"
-    world = WorldConfig(clips=args.count, seed=FIRST_SEED, split="test")
+    world = WorldConfig(clips=args.count, seed=FIRST_SEED, split="test", view=args.view)
     config = EncodeConfig(world=world, ckpt_dir=str(args.teacher), out=str(folder), store="float32", workers=args.jobs)
     encode_table(config, device, Ranks())
     return EncodedSource(folder, keep=args.count)
@@ -205,7 +206,7 @@ def known_points(args: argparse.Namespace) -> dict:
     """What the truth and what deserves nothing get, made once."""
     path = args.out / "points.json"
     if not path.is_file():
-        points = reference_points(benchmark_tasks(args.count))
+        points = reference_points(benchmark_tasks(args.count, view=args.view))
         with atomic_path(path) as temporary:
             Path(temporary).write_text(json.dumps(points))
     return json.loads(path.read_text())
@@ -215,7 +216,7 @@ def measure_row(args: argparse.Namespace, key: str, count: int) -> None:
     """``tables/KEY.json``: the first ``count`` tasks in every metric, and the distance to the real clips."""
     torch.set_num_threads(1)
     latents = load_file(args.out / "latents" / f"{key}.safetensors")["latents"][:count]
-    tasks = list(benchmark_tasks(args.count))[:count]
+    tasks = list(benchmark_tasks(args.count, view=args.view))[:count]
     videos = decode(latents, args.teacher, torch.device("cpu"))
     distances = {}
     if args.classifier.is_file():
@@ -390,6 +391,7 @@ def main() -> None:
     parser.add_argument("--variants", type=lambda text: text.split(","), default=list(VARIANTS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--count", type=int, default=512, help="held-out tasks")
+    parser.add_argument("--view", choices=tuple(VIEWS), default="far", help="of the held-out tasks; an --out has one")
     parser.add_argument("--jobs", type=int, default=2, help="processes at once")
     parser.add_argument("--device", help="for sampling")
     args = parser.parse_intermixed_args()

@@ -82,7 +82,7 @@ def make(args: argparse.Namespace) -> None:
     pipeline = VdotPipeline.from_pretrained(args.ckpt_dir, device=args.device)
     panels, rows = [], []
     for i, task in enumerate(tqdm(names, unit="video")):
-        made = draw_task(args.seed + i, task, "test")
+        made = draw_task(args.seed + i, task, "test", view="near")
         result = pipeline(**made.request())
         result.save(args.out / f"{task}.mp4")
         panels.append(panel(made, result.frames, args.side))

@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/sprites.png"))
     parser.add_argument("--seed", type=int, default=100, help="of the first task; each further one takes the next")
     args = parser.parse_args()
-    rows = [row(draw_task(args.seed + i, task)) for i, task in enumerate(TASKS)]
+    rows = [row(draw_task(args.seed + i, task, view="near")) for i, task in enumerate(TASKS)]
     tall, wide = rows[0].shape[:2]
     lines = (len(rows) + 1) // 2
     block = LABEL + wide + 4 * GAP

@@ -24,8 +24,22 @@ train tiny_text "$@"
 train tiny_vae vae.text_encoder="$runs/tiny_text/export" "$@"
 [ -d "$runs/tiny_start" ] || python scripts/make_tiny.py --encoders "$runs/tiny_vae/export" --out "$runs/tiny_start"
 gpus="$(python -c 'import torch; print(torch.cuda.device_count())')"
-torchrun --nproc_per_node "$((gpus ? gpus : jobs))" training/encode.py world.clips="${CLIPS:-16384}" world.seed=2000000 --ckpt_dir "$runs/tiny_start" --out "$runs/tiny_world"
+encode() { # FOLDER key=value...
+    local out="$1"
+    shift
+    torchrun --nproc_per_node "$((gpus ? gpus : jobs))" training/encode.py world.seed=2000000 "$@" --ckpt_dir "$runs/tiny_start" --out "$out"
+}
+encode "$runs/tiny_world" world.clips="${CLIPS:-16384}"
 train tiny_teacher "$@"
-train tiny_vdot ckpt_dir="$runs/tiny_teacher/export" "$@"
-python benchmarks/ablation.py all ckpt_dir="$runs/tiny_teacher/export" "$@" \
-    --teacher "$runs/tiny_teacher/export" --model "$runs/tiny_vdot/export" --seeds "${SEEDS:-3}" --jobs "$jobs"
+encode "$runs/tiny_near_world" world.clips="${NEAR_CLIPS:-10240}" world.view=near vae_dtype=bfloat16
+train tiny_near ckpt_dir="$runs/tiny_teacher/export" "$@"
+train tiny_vdot ckpt_dir="$runs/tiny_near/export" "$@"
+table() { # FOLDER WORLD TEACHER SEEDS options: where the students are trained and measured, on which clips, from whom
+    local out="$1" world="$2" teacher="$3" seeds="$4"
+    shift 4
+    python benchmarks/ablation.py all ckpt_dir="$teacher" data.encoded="$world" "$@" \
+        --out "$out" --teacher "$teacher" --seeds "$seeds" --jobs "$jobs"
+}
+table "$ROOT/results/ablation_near" "$runs/tiny_near_world" "$runs/tiny_near/export" "${NEAR_SEEDS:-1}" "$@" \
+    --view near --variants "DMD,DMD + OT + GAN"
+table "$ROOT/results/ablation" "$runs/tiny_world" "$runs/tiny_teacher/export" "${SEEDS:-3}" "$@"

@@ -39,7 +39,7 @@ def test_every_part_is_written_and_is_what_its_name_says(gallery, monkeypatch, t
     wide = 3 * (64 + gallery.GAP)
     assert animation.n_frames == 17 and animation.size == (2 * wide, gallery.HEAD + 64 + gallery.GAP)
     assert animation.info["duration"] == 120 and animation.info["loop"] == 0  # 125 ms; GIF counts in hundredths
-    made = draw_task(1, "inpainting", "test")
+    made = draw_task(1, "inpainting", "test", view="near")
     info = probe(tmp_path / "inpainting.mp4")
     assert (info.frames, info.width, info.height, info.fps) == (17, 64, 64, 8)
     animation.seek(8)

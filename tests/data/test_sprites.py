@@ -27,7 +27,7 @@ from vdot.data.sprites import (
     split_of,
 )
 from vdot.data.sprites.captions import PATTERN_NOUNS, background_noun
-from vdot.data.sprites.scene import ALL_MOTIONS, COLOURS, PERSON_MOTIONS
+from vdot.data.sprites.scene import ALL_MOTIONS, COLOURS, PERSON_MOTIONS, SIZE_NAMES, VIEWS
 from vdot.data.sprites.shapes import OUTLINES, area, distance
 from vdot.errors import InputError
 from vdot.request import Defaults, Request, prepare
@@ -88,14 +88,26 @@ def test_what_a_task_changes_stays_in_its_split(task):
             assert {split_of(*key) for key in made.scene.keys} == {split}
 
 
-def test_everything_in_the_vocabulary_is_drawn():
-    drawn = list(scenes(0, 700))
+@pytest.mark.parametrize("view", VIEWS)
+def test_everything_in_the_vocabulary_is_drawn(view):
+    drawn = list(scenes(0, 700, view=view))
     things = [t for scene in drawn for t in scene.things]
     assert {t.shape for t in things} == set(SHAPES)
     assert {t.colour for t in things} == set(COLOURS)
     assert {t.motion.kind for t in things} == set(ALL_MOTIONS)
     assert {scene.camera for scene in drawn} == {"", "left", "right", "up", "down"}
     assert {len(scene.things) for scene in drawn} == {1, 2, 3}
+    assert {t.size for t in things} == set(SIZE_NAMES)
+
+
+def test_near_things_are_larger_before_the_same_backgrounds():
+    """Larger by a third size for size; less on the mean, since where there are several they are small ones."""
+    far, near = (list(scenes(0, 300, view=view)) for view in ("far", "near"))
+    assert all(a.background == b.background for a, b in zip(far, near, strict=True))
+    reach = [
+        np.mean([t.radius for scene in drawn for t in scene.things if t.shape != "person"]) for drawn in (far, near)
+    ]
+    assert 1.2 < reach[1] / reach[0] < 1.3
 
 
 @pytest.mark.parametrize(
@@ -105,6 +117,7 @@ def test_everything_in_the_vocabulary_is_drawn():
         ({"height": 60}, "multiples of 16"),
         ({"things": 4}, "one to 3"),
         ({"split": "val"}, "train"),
+        ({"view": "above"}, "far, near"),
     ],
 )
 def test_impossible_scenes_are_refused(options, message):
@@ -227,18 +240,21 @@ def test_boxes_are_tight():
                 assert clip.boxes[t, i].tolist() == box
 
 
-def test_things_stay_in_the_frame():
+@pytest.mark.parametrize("view", VIEWS)
+def test_things_stay_in_the_frame(view):
     shares = []
-    for scene in scenes(0, 30):
+    for scene in scenes(0, 30, view=view):
         clip = render(scene)
         whole = (clip.coverage >= 128).sum((2, 3))
         shares.append((whole.min(1) > 0).all())
     assert all(shares)
 
 
-def test_motions_are_seen_as_they_are_named():
+@pytest.mark.parametrize("view", VIEWS)
+def test_motions_are_seen_as_they_are_named(view):
     """Measured on the masks alone, as an evaluator of generated clips would."""
-    for scene in scenes(0, 60):
+    least = VIEWS[view].paths
+    for scene in scenes(0, 60, view=view):
         if scene.camera:
             continue
         covered = render(scene).coverage >= 128
@@ -248,13 +264,13 @@ def test_motions_are_seen_as_they_are_named():
             shift, spread = centres[-1] - centres[0], np.ptp(centres, 0)
             if motion.kind in ("slide", "walk"):
                 way = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}[motion.direction]
-                assert shift @ way > 0.3 and abs(shift @ way[::-1]) < 0.1
+                assert shift @ way > 0.3 * least and abs(shift @ way[::-1]) < 0.1
             elif motion.kind in ("bounce", "jump"):
-                assert spread[1] > 0.12 and (spread[0] > 0.25) == (motion.direction != "")
+                assert spread[1] > 0.12 * least and (spread[0] > 0.25) == (motion.direction != "")
             elif motion.kind == "orbit":
                 around = centres - (moving.x + 0.5, moving.y + 0.5)
                 turned = np.cross(np.c_[around[:-1], np.zeros(16)], np.c_[around[1:], np.zeros(16)])[:, 2].sum()
-                assert (turned > 0) == (motion.direction == "clockwise") and spread.min() > 0.2
+                assert (turned > 0) == (motion.direction == "clockwise") and spread.min() > 0.2 * least
             elif motion.kind in ("grow", "shrink"):
                 ratio = areas[-1] / areas[0]
                 assert ratio > 2.5 if motion.kind == "grow" else ratio < 0.4

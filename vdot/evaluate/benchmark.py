@@ -10,7 +10,13 @@ FIRST_SEED = 900_000  # far from the seeds that training starts at; the split ke
 
 
 def benchmark_tasks(
-    count: int = COUNT, tasks: Sequence[str] = TASKS, *, frames: int = 17, height: int = 64, width: int = 64
+    count: int = COUNT,
+    tasks: Sequence[str] = TASKS,
+    *,
+    frames: int = 17,
+    height: int = 64,
+    width: int = 64,
+    view: str = "far",
 ) -> Iterator[TaskClip]:
     """``count`` held-out examples, the tasks in turn: a function of its arguments alone.
 
@@ -19,8 +25,8 @@ def benchmark_tasks(
     unknown = sorted(set(tasks) - set(TASKS))
     if unknown or not tasks:
         raise InputError(f"unknown tasks {', '.join(unknown) or '(none named)'}: use some of {', '.join(TASKS)}")
-    size = {"frames": frames, "height": height, "width": width}
-    return (draw_task(FIRST_SEED + i, tasks[i % len(tasks)], split="test", **size) for i in range(count))
+    options = {"frames": frames, "height": height, "width": width, "view": view}
+    return (draw_task(FIRST_SEED + i, tasks[i % len(tasks)], split="test", **options) for i in range(count))
 
 
 def benchmark_prompts(count: int = COUNT, tasks: Sequence[str] = TASKS) -> list[str]:

@@ -5,7 +5,8 @@ Two layouts are known. UVCBench: JSON lines in ``*.jsonl``, or in ``indices/*.tx
 VACE-Benchmark: ``assets/examples/<task>/`` with ``src_video.mp4, src_mask.mp4, src_ref_image_*.png, prompt.txt``, or
 folders of those below.
 
-A row may add ``world``: ``{"task": ..., "seed": ...}`` names the clip of the procedural world that is the truth.
+A row may add ``world``: ``{"task": ..., "seed": ..., "view": ...}`` names the clip of the procedural world that is
+the truth.
 """
 
 import json
@@ -18,7 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from vdot.data.sprites.scene import Scene
+from vdot.data.sprites.scene import VIEWS, Scene
 from vdot.data.sprites.tasks import TASKS, TaskClip, draw_task
 from vdot.errors import InputError, VdotError, one_line
 from vdot.request import MODES
@@ -241,9 +242,13 @@ def _checked(where: str, sample: Sample) -> Sample | Problem:
         return Problem(where, "en_prompt is empty")
     world = sample.world
     if world is not None and not (
-        isinstance(world, dict) and world.get("task") in TASKS and isinstance(world.get("seed"), int)
+        isinstance(world, dict)
+        and world.get("task") in TASKS
+        and isinstance(world.get("seed"), int)
+        and world.get("view", "far") in VIEWS
     ):
-        return Problem(where, 'world must be {"task": one of the procedural world\'s, "seed": a whole number}')
+        words = '"task": one of the procedural world\'s, "seed": a whole number, and maybe "view": far or near'
+        return Problem(where, f"world must be {{{words}}}")
     try:
         if sample.src_video is not None:
             probe(sample.src_video)
@@ -303,7 +308,9 @@ class Loader:
     def world(self) -> TaskClip | None:
         """The exact truth, if the sample has one."""
         known = self.sample.world
-        return None if known is None else draw_task(known["seed"], known["task"], split="test")
+        if known is None:
+            return None
+        return draw_task(known["seed"], known["task"], split="test", view=known.get("view", "far"))
 
     def __call__(self, shape: Sequence[int]) -> TaskClip | Case:
         """For a video ``[T, H, W, 3]``. The world's own clip where it is of that shape, else what the files hold.

@@ -41,7 +41,7 @@ class Examples:
             return self._made[preset]
 
     def _make(self, preset: str) -> Form:
-        drawn = draw_task(SEED, TASKS[preset], width=SIDE, height=SIDE, frames=FRAMES)
+        drawn = draw_task(SEED, TASKS[preset], width=SIDE, height=SIDE, frames=FRAMES, view="near")
         folder, shows = self.folder / preset, PRESETS[preset].shows
         values: dict[str, Any] = {"preset": preset, "prompt": drawn.prompt, "boxes": BOXES.get(preset, "")}
         if "clip" in shows:
