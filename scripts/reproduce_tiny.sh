@@ -3,13 +3,15 @@
 #   bash scripts/reproduce_tiny.sh               everything into results/; stopped anywhere, the same command goes on
 #   bash scripts/reproduce_tiny.sh steps=10      key=value for every training (here: a rehearsal of minutes)
 #   bash scripts/reproduce_tiny.sh parallel.compute=bfloat16 parallel.compile=true parallel.autocast=true    CPUs with AMX
-# Lengths are those of configs/train. By its parts, measured on two CPU cores with AMX, six and a half hours in all
-# (benchmarks/RESULTS.md): text encoder 13 minutes, autoencoder 62 alone, encoding 40, teacher 86, student 7; of the
-# ablation 65 for its 24 students, the rest for sampling and measuring 36 rows of 512 tasks each. On a GPU, from steps
-# measured on an H200 and never run as a whole: autoencoder at most 15 minutes, encoding 2, teacher at most 20, a student
-# 1; the text encoder was not tried there.
-# CLIPS=N changes how many clips are encoded, SEEDS=N how often each student of the ablation is trained, JOBS=N how many
-# processes encode (on GPUs: one for each) and how many of the ablation's students are trained at a time (default: cores).
+# Lengths are those of configs/train. By its parts, measured on two CPU cores, eight and a half hours in all
+# (benchmarks/RESULTS.md). Seen from far, with AMX: text encoder 13 minutes, autoencoder 62 alone, encoding 40, teacher 86; of
+# the ablation 65 for its 24 students, about 115 for sampling and measuring 36 rows of 512 tasks each. Seen from near,
+# without AMX: encoding 24, teacher 51, student 10, its table 50. On a GPU, from steps measured on an H200 and never run as a
+# whole: autoencoder at most 15 minutes, encoding 2, teachers at most 20 and 7, a student 1; the text encoder was not
+# tried there.
+# CLIPS=N and NEAR_CLIPS=N change how many clips are encoded, SEEDS=N and NEAR_SEEDS=N how often each student of a table is
+# trained, JOBS=N how many processes encode (on GPUs: one for each) and how many students are trained at a time
+# (default: cores).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 use_env train eval
