@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from vdot.data.sprites import FPS, TASKS, TaskClip, draw_task
 from vdot.data.sprites.look import framed_source, reference_cell
+from vdot.data.sprites.scene import SHIPPED
 from vdot.errors import InputError, VdotError
 from vdot.pipeline import VdotPipeline
 from vdot.video import contact_sheet, write_gif
@@ -82,7 +83,7 @@ def make(args: argparse.Namespace) -> None:
     pipeline = VdotPipeline.from_pretrained(args.ckpt_dir, device=args.device)
     panels, rows = [], []
     for i, task in enumerate(tqdm(names, unit="video")):
-        made = draw_task(args.seed + i, task, "test", view="near")
+        made = draw_task(args.seed + i, task, "test", view=SHIPPED)
         result = pipeline(**made.request())
         result.save(args.out / f"{task}.mp4")
         panels.append(panel(made, result.frames, args.side))

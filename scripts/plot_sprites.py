@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vdot.data.sprites import TASKS, TaskClip, draw_task
 from vdot.data.sprites.look import framed_source, reference_cell
+from vdot.data.sprites.scene import SHIPPED
 from vdot.video import atomic_path
 
 CELL, GAP, LABEL, HEAD = 64, 3, 122, 22
@@ -33,7 +34,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/sprites.png"))
     parser.add_argument("--seed", type=int, default=100, help="of the first task; each further one takes the next")
     args = parser.parse_args()
-    rows = [row(draw_task(args.seed + i, task, view="near")) for i, task in enumerate(TASKS)]
+    rows = [row(draw_task(args.seed + i, task, view=SHIPPED)) for i, task in enumerate(TASKS)]
     tall, wide = rows[0].shape[:2]
     lines = (len(rows) + 1) // 2
     block = LABEL + wide + 4 * GAP

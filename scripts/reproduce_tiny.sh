@@ -6,7 +6,7 @@
 # Lengths are those of configs/train. By its parts, measured on two CPU cores, eight and a half hours in all
 # (benchmarks/RESULTS.md). Seen from far, with AMX: text encoder 13 minutes, autoencoder 62 alone, encoding 40, teacher 86; of
 # the ablation 65 for its 24 students, about 115 for sampling and measuring 36 rows of 512 tasks each. Seen from near,
-# without AMX: encoding 24, teacher 51, student 10, its table 50. On a GPU, from steps measured on an H200 and never run as a
+# without AMX: encoding 24, teacher 51, student 10, its table about 50. On a GPU, from steps measured on an H200 and never run as a
 # whole: autoencoder at most 15 minutes, encoding 2, teachers at most 20 and 7, a student 1; the text encoder was not
 # tried there.
 # CLIPS=N and NEAR_CLIPS=N change how many clips are encoded, SEEDS=N and NEAR_SEEDS=N how often each student of a table is
@@ -43,5 +43,5 @@ table() { # FOLDER WORLD TEACHER SEEDS options: where the students are trained a
         --out "$out" --teacher "$teacher" --seeds "$seeds" --jobs "$jobs"
 }
 table "$ROOT/results/ablation_near" "$runs/tiny_near_world" "$runs/tiny_near/export" "${NEAR_SEEDS:-1}" "$@" \
-    --view near --variants "DMD,DMD + OT + GAN"
+    --view near --variants DMD --model "$runs/tiny_vdot/export"
 table "$ROOT/results/ablation" "$runs/tiny_world" "$runs/tiny_teacher/export" "${SEEDS:-3}" "$@"

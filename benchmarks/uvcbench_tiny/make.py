@@ -19,6 +19,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from vdot.data.sprites import FPS, TaskClip, draw_task
+from vdot.data.sprites.scene import SHIPPED
 from vdot.evaluate.cases import SETTINGS, UVC, is_composite
 from vdot.video import write_image, write_video
 from vdot.video.output import atomic_path
@@ -26,7 +27,6 @@ from vdot.video.output import atomic_path
 HERE = Path(__file__).resolve().parent
 SAMPLES = 20
 FIRST_SEED = 910_000  # other scenes than training and the in-training benchmark draw
-VIEW = "near"  # as the shipped models know the world
 NAMES = {"r2v": "R2V"}  # as published
 
 
@@ -40,7 +40,7 @@ def world_task(task: str, number: int) -> str:
 def draw(task: str, number: int) -> tuple[int, str, TaskClip]:
     seed = FIRST_SEED + 100 * UVC.index(task) + number
     name = world_task(task, number)
-    return seed, name, draw_task(seed, name, split="test", view=VIEW)
+    return seed, name, draw_task(seed, name, split="test", view=SHIPPED)
 
 
 def write(clip: TaskClip, folder: Path, stem: str) -> dict[str, object]:
@@ -66,7 +66,7 @@ def make(folder: Path, samples: int) -> None:
                 seed, name, clip = draw(task, number)
                 row = {"subtask": NAMES.get(task, task), "sample_id": f"{number:02d}", "en_prompt": clip.prompt}
                 row |= write(clip, folder, f"media/{task.replace('+', '_')}/{number:02d}")
-                rows.append(row | {"world": {"task": name, "seed": seed, "view": VIEW}})
+                rows.append(row | {"world": {"task": name, "seed": seed, "view": SHIPPED}})
         with atomic_path(folder / "indices" / f"uvcbench_{split}.txt") as temporary:
             Path(temporary).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
     with atomic_path(folder / SETTINGS) as temporary:

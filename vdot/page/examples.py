@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from vdot.data.sprites import draw_task
-from vdot.data.sprites.scene import FPS
+from vdot.data.sprites.scene import FPS, SHIPPED
 from vdot.page.orders import Form
 from vdot.page.presets import PRESETS
 from vdot.video import write_image, write_video
@@ -41,7 +41,7 @@ class Examples:
             return self._made[preset]
 
     def _make(self, preset: str) -> Form:
-        drawn = draw_task(SEED, TASKS[preset], width=SIDE, height=SIDE, frames=FRAMES, view="near")
+        drawn = draw_task(SEED, TASKS[preset], width=SIDE, height=SIDE, frames=FRAMES, view=SHIPPED)
         folder, shows = self.folder / preset, PRESETS[preset].shows
         values: dict[str, Any] = {"preset": preset, "prompt": drawn.prompt, "boxes": BOXES.get(preset, "")}
         if "clip" in shows:

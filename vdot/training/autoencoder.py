@@ -223,7 +223,8 @@ def psnr(made: Tensor, true: Tensor) -> Tensor:
 def held_out(config: TrainConfig) -> list[Held]:
     """``evaluate_clips`` of each kind, of the world's test split."""
     vae = config.vae
-    world = WorldConfig(size=config.world.size, frames=config.world.frames, tasks=config.world.tasks, split="test")
+    ours = config.world
+    world = WorldConfig(size=ours.size, frames=ours.frames, tasks=ours.tasks, view=ours.view, split="test")
     kinds = {
         "clips": (world.frames, False),
         "conditions": (world.frames, True),

@@ -61,7 +61,8 @@ VIEWS: dict[str, View] = {
         room={1: _ANY, 2: ("small", "small", "medium"), 3: ("small",)},
         paths=0.72,
     ),
-}  # fmt: skip
+}
+SHIPPED = "near"  # the view that the models of this repository know
 
 BACKDROP_COLOURS: dict[str, RGB] = {
     "white": (244, 244, 242),
