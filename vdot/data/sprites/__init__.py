@@ -1,10 +1,10 @@
 """A procedural world: short clips of moving sprites with exact annotations, captions, and every task in VACE form.
 
-``draw_scene(seed)`` is a :class:`Scene`, a description that is JSON-able and a pure function of its arguments, seen from
-far or, with ``view="near"``, with larger things; ``render(scene)`` is a :class:`Clip`, its frames and, when asked for,
-depth, flow, masks, boxes, outlines and pose; ``caption(scene, rng)`` says it in words; ``draw_task(seed, task)`` makes a
-training example of it. Scenes of ``split="test"`` hold no combination of colour, shape and motion that a training scene
-holds.
+``draw_scene(seed)`` is a :class:`Scene`, a description that is JSON-able and a pure function of its arguments, seen
+from far or, with ``view="near"``, with larger things; ``render(scene)`` is a :class:`Clip`, its frames and, when
+asked for, depth, flow, masks, boxes, outlines and pose; ``caption(scene, rng)`` says it in words; ``draw_task(seed,
+task)`` makes a training example of it. Scenes of ``split="test"`` hold no combination of colour, shape and motion
+that a training scene holds.
 
 A second on one core of a busy machine gives 150 to 200 clips of 17x64x64, 110 tasks with all parts, or 3000 captions.
 """
