@@ -35,10 +35,11 @@ from vdot.checkpoints import inspect_checkpoint, load_dit, load_vae  # noqa: E40
 from vdot.data.batch import collate  # noqa: E402
 from vdot.data.dataset import EncodedSource  # noqa: E402
 from vdot.data.encoding import EncodeConfig, encode_table  # noqa: E402
-from vdot.data.sprites.scene import VIEWS  # noqa: E402
+from vdot.data.sprites.scene import SHIPPED, VIEWS  # noqa: E402
 from vdot.data.world import WorldConfig  # noqa: E402
 from vdot.distillation.draws import Draws  # noqa: E402
 from vdot.distillation.networks import Network  # noqa: E402
+from vdot.errors import InputError, VdotError  # noqa: E402
 from vdot.evaluate import Table, benchmark_tasks, compare_scores, evaluate, reference_points  # noqa: E402
 from vdot.evaluate.benchmark import FIRST_SEED  # noqa: E402
 from vdot.evaluate.classifier import classify, load_classifier  # noqa: E402
@@ -262,6 +263,8 @@ def report(args: argparse.Namespace, rows: list[Row]) -> None:
         path = args.out / "tables" / f"{row.key}.json"
         if path.is_file():
             tables.setdefault(row.name, {})[row.seed] = load_table(path)
+    if not tables:
+        raise InputError(f"nothing in {args.out} is sampled yet: run the phase `sample` first")
     teacher = rows[0].name
     head = ["", "evaluations", "runs", "collapsed", "score", f"less {BASE}", "less teacher", "Frechet", "sliced W."]
     head += SHOWN
@@ -379,7 +382,7 @@ def draw(args: argparse.Namespace, tables: dict[str, dict[int, Table]]) -> None:
     figure.savefig(args.out / "figure.png", dpi=110)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("phase", nargs="?", choices=("all", "train", "sample", "measure"), default="all")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="over the configuration of all students")
@@ -391,15 +394,20 @@ def main() -> None:
     parser.add_argument("--variants", type=lambda text: text.split(","), default=list(VARIANTS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--count", type=int, default=512, help="held-out tasks")
-    parser.add_argument("--view", choices=tuple(VIEWS), default="far", help="of the held-out tasks; an --out has one")
+    parser.add_argument("--view", choices=tuple(VIEWS), default=SHIPPED, help="of the held-out tasks; an --out has one")
     parser.add_argument("--jobs", type=int, default=2, help="processes at once")
     parser.add_argument("--device", help="for sampling")
     args = parser.parse_intermixed_args()
     phases = {"train": train, "sample": sample_rows, "measure": measure}
-    for name, phase in phases.items():
-        if args.phase in ("all", name):
-            phase(args)
+    try:
+        for name, phase in phases.items():
+            if args.phase in ("all", name):
+                phase(args)
+    except VdotError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return error.exit_code
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

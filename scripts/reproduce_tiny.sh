@@ -6,9 +6,9 @@
 # Lengths are those of configs/train. By its parts, measured on two CPU cores, ten hours in all
 # (benchmarks/RESULTS.md). Seen from far, with AMX: text encoder 13 minutes, autoencoder 62 alone, encoding 40, teacher 86; of
 # the ablation 65 for its 24 students, about 115 for sampling and measuring 36 rows of 512 tasks each. Seen from near,
-# without AMX: encoding 24, teacher 143, student 20, its table about 60. On a GPU, from steps measured on an H200 and never run as a
-# whole: autoencoder at most 15 minutes, encoding 2, teachers at most 20 and 19, a student 1; the text encoder was not
-# tried there.
+# without AMX: encoding 24, teacher 143, student about 20, its table about 60. On a GPU, from steps measured on an H200
+# and never run as a whole: autoencoder at most 15 minutes, encoding 2, teachers at most 20 and 19, a student 2; the text
+# encoder was not tried there.
 # CLIPS=N and NEAR_CLIPS=N change how many clips are encoded, SEEDS=N and NEAR_SEEDS=N how often each student of a table is
 # trained, JOBS=N how many processes encode (on GPUs: one for each) and how many students are trained at a time
 # (default: cores).
@@ -45,4 +45,4 @@ table() { # FOLDER WORLD TEACHER SEEDS options: where the students are trained a
 table "$ROOT/results/ablation_near" "$runs/tiny_near_world" "$runs/tiny_near/export" "${NEAR_SEEDS:-1}" "$@" \
     --view near --variants DMD --model "$runs/tiny_vdot/export"
 table "$ROOT/results/ablation" "$runs/tiny_world" "$runs/tiny_teacher/export" "${SEEDS:-3}" \
-    steps=160 distill.dmd.guidance=3 "$@" # as it was measured
+    steps=160 distill.dmd.guidance=3 "$@" --view far # as it was measured
