@@ -21,8 +21,8 @@ TASKS = ["depth", "r2v_several", "swap_anything"]
 def encode(tmp_path, encoder, monkeypatch):
     monkeypatch.setattr(encoding, "load_encoder", lambda *_: encoder)
 
-    def run(clips: int, **options):
-        world = WorldConfig(clips, 32, 5, TASKS, seed=3)
+    def run(clips: int, view: str = "far", **options):
+        world = WorldConfig(clips, 32, 5, TASKS, seed=3, view=view)
         config = EncodeConfig(world=world, ckpt_dir=str(TINY), out=str(tmp_path / "w"), store="float32", **options)
         return world, encode_table(config, torch.device("cpu"), Ranks())
 
@@ -73,6 +73,14 @@ def test_more_clips_of_the_same_world_go_on(encode, tmp_path):
     _, summary = encode(6, workers=0)
     assert [bool(o.seconds) for o in summary.outcomes] == [False] * 3 + [True] * 3
     assert len(EncodedSource(tmp_path / "w")) == 6
+
+
+def test_another_view_in_the_same_folder_is_encoded_anew(encode, encoder, tmp_path):
+    encode(3, workers=0)
+    near, summary = encode(3, view="near", workers=0)
+    assert all(o.seconds for o in summary.outcomes)
+    mine, live = EncodedSource(tmp_path / "w").load(0), WorldSource(near, encoder, "").load(0)
+    torch.testing.assert_close(mine.real, live.real, rtol=1e-4, atol=1e-4)
 
 
 def test_a_table_and_the_world_at_once_are_refused(encode):

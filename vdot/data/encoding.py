@@ -292,7 +292,8 @@ class WorldReader:
 
     def identify(self, entry: Entry) -> Iterator[str]:
         c = self.config
-        yield repr((entry.row.line, entry.row.task, c.size, c.frames, c.seed, c.split))
+        view = () if c.view == "far" else (c.view,)  # the keys of what was encoded before there were views stay
+        yield repr((entry.row.line, entry.row.task, c.size, c.frames, c.seed, c.split, *view))
 
 
 def open_rows(config: "EncodeConfig", defaults: Defaults, ranks: Ranks) -> tuple[Sequence[Entry], Layout, Reader]:
