@@ -75,6 +75,18 @@ def test_more_clips_of_the_same_world_go_on(encode, tmp_path):
     assert len(EncodedSource(tmp_path / "w")) == 6
 
 
+def test_time_left_is_reckoned_from_what_was_not_there(monkeypatch, caplog):
+    now = [0.0]
+    monkeypatch.setattr(encoding.time, "monotonic", lambda: now[0])
+    with caplog.at_level("INFO"), encoding._Progress(100, shown=True) as bar:
+        bar.bar.disable = True  # as where there is no terminal
+        bar.reach(40)
+        bar.skip(50)
+        now[0] = 60.0
+        bar.reach(60)  # ten rows a minute, forty to go
+    assert [r.getMessage() for r in caplog.records] == ["60 of 100 rows, 4 min left"]
+
+
 def test_another_view_in_the_same_folder_is_encoded_anew(encode, encoder, tmp_path):
     encode(3, workers=0)
     near, summary = encode(3, view="near", workers=0)

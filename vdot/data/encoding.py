@@ -525,14 +525,16 @@ def encode_rows(
     ):
         for number in queue:
             bar.reach(number * chunk)
-            queue.report(number, [asdict(outcome) for outcome in table.encode(chunks[number])])
+            outcomes = table.encode(chunks[number])
+            if not any(outcome.seconds for outcome in outcomes):
+                bar.skip((number + 1) * chunk)
+            queue.report(number, [asdict(outcome) for outcome in outcomes])
         bar.reach(len(entries))
         results = queue.collect()
     if ranks.rank:
         return None
-    outcomes = [Outcome(**outcome) for result in results for outcome in result]
     nbytes = sum(path.stat().st_size for path in part_files(folder))
-    return Summary(outcomes, nbytes)
+    return Summary([Outcome(**outcome) for result in results for outcome in result], nbytes)
 
 
 class _Progress:
@@ -542,6 +544,7 @@ class _Progress:
         self.shown, self.total = shown, total
         self.bar = tqdm(total=total, desc="encode", unit="row", leave=False, disable=None if shown else True)
         self.start = self.said = time.monotonic()
+        self.skipped = 0
 
     def __enter__(self) -> "_Progress":
         return self
@@ -552,10 +555,14 @@ class _Progress:
     def reach(self, done: int) -> None:
         self.bar.update(done - self.bar.n)
         now = time.monotonic()
-        if self.shown and self.bar.disable and done and now - self.said >= 60:
-            left = (now - self.start) / done * (self.total - done) / 60
+        if self.shown and self.bar.disable and done > self.skipped and now - self.said >= 60:
+            left = (now - self.start) / (done - self.skipped) * (self.total - done) / 60
             log.info("%d of %d rows, %.0f min left", done, self.total, left)
             self.said = now
+
+    def skip(self, done: int) -> None:
+        """The rows up to here were there: they say nothing about how long the others take."""
+        self.start, self.skipped = time.monotonic(), done
 
 
 def encode_table(config: EncodeConfig, device: torch.device, ranks: Ranks) -> Summary | None:
