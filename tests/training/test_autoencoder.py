@@ -196,6 +196,19 @@ def test_training_learns_and_resumes_bit_for_bit(tmp_path):
     assert torch.equal(network.decoder.conv_out.weight, one.model.decoder.conv_out.weight)
 
 
+def test_a_frozen_encoder_keeps_its_latents(tmp_path):
+    run(small_vae(tmp_path / "first", "steps=1", "vae.evaluate_every=0"))
+    first = tmp_path / "first" / "export"
+    run(small_vae(tmp_path / "then", "steps=2", "vae.evaluate_every=0", f"ckpt_dir={first}", "vae.freeze_encoder=true"))
+    before, after = (load_vae(folder, "float32") for folder in (first, tmp_path / "then" / "export"))
+    clip = draw_clip(WorldConfig(size=32, frames=9), 5, 9, condition=False)[None]
+    assert torch.equal(before.encode(clip), after.encode(clip))
+    moved = {name for name, p in after.model.named_parameters() if not torch.equal(p, before.model.get_parameter(name))}
+    assert {name.split(".")[0] for name in moved} == {"decoder", "post_quant_conv"}
+    with pytest.raises(ConfigError, match="name its ckpt_dir"):
+        Autoencoder(small_vae(tmp_path / "new", "vae.freeze_encoder=true"), Ranks(), CPU)
+
+
 def load_line(line):
     import json
 

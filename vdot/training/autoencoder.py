@@ -49,7 +49,10 @@ class Autoencoder(WholeNetwork):
         self.feeder = PictureFeeder(config.world, vae.stages, vae.conditions, self.everyone.rank, self.everyone.size)
         with ranks.agree():
             self.network = WholeClipVAE(initial(config), config.parallel.compile).to(device).train()
-        self.optimize(dict(self.network.model.named_parameters()))
+        if vae.freeze_encoder:
+            for part in (self.network.model.encoder, self.network.model.quant_conv):
+                part.requires_grad_(False)
+        self.optimize({name: p for name, p in self.network.model.named_parameters() if p.requires_grad})
         self._held: list[Held] | None = None
 
     def batches(self, start: int) -> AbstractContextManager[Iterator[Pictures]]:
@@ -159,18 +162,22 @@ class Autoencoder(WholeNetwork):
 
     @torch.no_grad()
     def normalised(self) -> WanVAE:
-        """The averaged network for inference, in ``export_dtype``, whose latents of real clips are standard."""
+        """The averaged network for inference, in ``export_dtype``, whose latents of real clips are standard: mean 0 and
+        variance 1. Those of a frozen encoder are as they were."""
         config = self.config
         model = AutoencoderKLWan.from_config(self.network.model.config)
         with self.averaged(self.network):
             model.load_state_dict(self.network.model.state_dict())
         vae = WanVAE(model.to(self.device)).requires_grad_(False)
-        settle(vae, *latent_statistics(vae, config.world, config.vae.statistics_clips))
+        if not config.vae.freeze_encoder:
+            settle(vae, *latent_statistics(vae, config.world, config.vae.statistics_clips))
         return vae.to(DTYPES[config.export_dtype])
 
 
 def initial(config: TrainConfig) -> AutoencoderKLWan:
-    """The autoencoder of ``ckpt_dir``, or a new one."""
+    """The autoencoder of ``ckpt_dir``, or a new one. ``ConfigError``: a new one's encoder would never learn."""
+    if config.ckpt_dir is None and config.vae.freeze_encoder:
+        raise ConfigError("vae.freeze_encoder keeps the encoder of an existing autoencoder: name its ckpt_dir")
     if config.ckpt_dir is not None:
         old = load_vae(config.ckpt_dir, "float32").model
         model = AutoencoderKLWan.from_config(old.config)

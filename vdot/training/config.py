@@ -71,6 +71,7 @@ class VaeConfig:
     base_dim: int = 16  # channels at full resolution
     dim_mult: list[int] = field(default_factory=lambda: [1, 2, 4, 4])  # times base_dim, at 1, 1/2, 1/4, 1/8 of the size
     stages: list[Stage] = field(default_factory=lambda: [Stage()])  # from small and many steps to what it is for
+    freeze_encoder: bool = False  # latents stay what they are, for networks that know them: only the decoder learns
     conditions: float = 0.4  # share of clips that are not real: controls, masked sources, references on white
     squares: float = 0.0  # weight of squared errors beside absolute ones: small things count more, wide grounds less
     edges: float = 1.0  # weight of differences between neighbouring pixels beside that of the pixels
