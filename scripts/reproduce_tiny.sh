@@ -3,12 +3,12 @@
 #   bash scripts/reproduce_tiny.sh               everything into results/; stopped anywhere, the same command goes on
 #   bash scripts/reproduce_tiny.sh steps=10      key=value for every training (here: a rehearsal of minutes)
 #   bash scripts/reproduce_tiny.sh parallel.compute=bfloat16 parallel.compile=true parallel.autocast=true    CPUs with AMX
-# Lengths are those of configs/train. By its parts, measured on two CPU cores, ten hours in all
+# Lengths are those of configs/train. By its parts, measured on two CPU cores, twelve hours in all
 # (benchmarks/RESULTS.md). Seen from far, with AMX: text encoder 13 minutes, autoencoder 62 alone, encoding 40, teacher 86; of
 # the ablation 65 for its 24 students, about 115 for sampling and measuring 36 rows of 512 tasks each. Seen from near,
-# without AMX: encoding 24, teacher 143, student about 20, its table about 60. On a GPU, from steps measured on an H200
-# and never run as a whole: autoencoder at most 15 minutes, encoding 2, teachers at most 20 and 19, a student 2; the text
-# encoder was not tried there.
+# without AMX: decoder 20 on one core, encoding 44, teacher 227, student about 20, its table about 60. On a GPU, from steps
+# measured on an H200 and never run as a whole: autoencoder at most 15 minutes, encoding 2, teachers at most 20 and 30, a
+# student 2; the text encoder was not tried there.
 # CLIPS=N and NEAR_CLIPS=N change how many clips are encoded, SEEDS=N and NEAR_SEEDS=N how often each student of a table is
 # trained, JOBS=N how many processes encode (on GPUs: one for each) and how many students are trained at a time
 # (default: cores).
@@ -24,7 +24,8 @@ train() { # a training that is stopped saves and exits in order: without an expo
 
 train tiny_text "$@"
 train tiny_vae vae.text_encoder="$runs/tiny_text/export" "$@"
-[ -d "$runs/tiny_start" ] || python scripts/make_tiny.py --encoders "$runs/tiny_vae/export" --out "$runs/tiny_start"
+train tiny_decoder ckpt_dir="$runs/tiny_vae/export" vae.text_encoder="$runs/tiny_text/export" "$@"
+[ -d "$runs/tiny_start" ] || python scripts/make_tiny.py --encoders "$runs/tiny_decoder/export" --out "$runs/tiny_start"
 gpus="$(python -c 'import torch; print(torch.cuda.device_count())')"
 encode() { # FOLDER key=value...
     local out="$1"
@@ -33,7 +34,7 @@ encode() { # FOLDER key=value...
 }
 encode "$runs/tiny_world" world.clips="${CLIPS:-16384}"
 train tiny_teacher "$@"
-encode "$runs/tiny_near_world" world.clips="${NEAR_CLIPS:-10240}" world.view=near vae_dtype=bfloat16
+encode "$runs/tiny_near_world" world.clips="${NEAR_CLIPS:-18432}" world.view=near vae_dtype=bfloat16
 train tiny_near ckpt_dir="$runs/tiny_teacher/export" "$@"
 train tiny_vdot ckpt_dir="$runs/tiny_near/export" "$@"
 table() { # FOLDER WORLD TEACHER SEEDS options: where the students are trained and measured, on which clips, from whom
