@@ -46,4 +46,4 @@ table() { # FOLDER WORLD TEACHER SEEDS options: where the students are trained a
 table "$ROOT/results/ablation_near" "$runs/tiny_near_world" "$runs/tiny_near/export" "${NEAR_SEEDS:-1}" "$@" \
     --view near --variants DMD --model "$runs/tiny_vdot/export"
 table "$ROOT/results/ablation" "$runs/tiny_world" "$runs/tiny_teacher/export" "${SEEDS:-3}" \
-    steps=160 distill.dmd.guidance=3 "$@" --view far # as it was measured
+    steps=160 distill.dmd.guidance=3 "$@" --view far # as it was measured, but for the decoder of then
