@@ -3,12 +3,13 @@
 #   bash scripts/reproduce_tiny.sh               everything into results/; stopped anywhere, the same command goes on
 #   bash scripts/reproduce_tiny.sh steps=10      key=value for every training (here: a rehearsal of minutes)
 #   bash scripts/reproduce_tiny.sh parallel.compute=bfloat16 parallel.compile=true parallel.autocast=true    CPUs with AMX
-# Lengths are those of configs/train. By its parts, measured on two CPU cores, twelve hours in all
+# Lengths are those of configs/train. By its parts, measured on two CPU cores, fifteen hours in all
 # (benchmarks/RESULTS.md). Seen from far, with AMX: text encoder 13 minutes, autoencoder 62 alone, encoding 40, teacher 86; of
 # the ablation 65 for its 24 students, about 115 for sampling and measuring 36 rows of 512 tasks each. Seen from near,
-# without AMX: decoder 20 on one core, encoding 44, teacher 227, student about 20, its table about 60. On a GPU, from steps
-# measured on an H200 and never run as a whole: autoencoder at most 15 minutes, encoding 2, teachers at most 20 and 30, a
-# student 2; the text encoder was not tried there.
+# without AMX: decoder 20 on one core, encoding 44, teacher 227, with finer patches 88, student 22; its table took 60 of
+# coarse patches, that of finer ones was not run as a whole. On a GPU, from steps measured on an H200 and never run as a whole:
+# autoencoder at most 15 minutes, encoding 2, teachers at most 20 and 30; the finer patches and the text encoder were not
+# tried there.
 # CLIPS=N and NEAR_CLIPS=N change how many clips are encoded, SEEDS=N and NEAR_SEEDS=N how often each student of a table is
 # trained, JOBS=N how many processes encode (on GPUs: one for each) and how many students are trained at a time
 # (default: cores).
@@ -36,14 +37,16 @@ encode "$runs/tiny_world" world.clips="${CLIPS:-16384}"
 train tiny_teacher "$@"
 encode "$runs/tiny_near_world" world.clips="${NEAR_CLIPS:-18432}" world.view=near vae_dtype=bfloat16
 train tiny_near ckpt_dir="$runs/tiny_teacher/export" "$@"
-train tiny_vdot ckpt_dir="$runs/tiny_near/export" "$@"
+[ -d "$runs/tiny_fine_start" ] || python scripts/make_tiny.py --finer "$runs/tiny_near/export" --out "$runs/tiny_fine_start"
+train tiny_fine "$@"
+train tiny_vdot ckpt_dir="$runs/tiny_fine/export" "$@"
 table() { # FOLDER WORLD TEACHER SEEDS options: where the students are trained and measured, on which clips, from whom
     local out="$1" world="$2" teacher="$3" seeds="$4"
     shift 4
     python benchmarks/ablation.py all ckpt_dir="$teacher" data.encoded="$world" "$@" \
         --out "$out" --teacher "$teacher" --seeds "$seeds" --jobs "$jobs"
 }
-table "$ROOT/results/ablation_near" "$runs/tiny_near_world" "$runs/tiny_near/export" "${NEAR_SEEDS:-1}" "$@" \
+table "$ROOT/results/ablation_near" "$runs/tiny_near_world" "$runs/tiny_fine/export" "${NEAR_SEEDS:-1}" "$@" \
     --view near --variants DMD --model "$runs/tiny_vdot/export"
 table "$ROOT/results/ablation" "$runs/tiny_world" "$runs/tiny_teacher/export" "${SEEDS:-3}" \
     steps=160 distill.dmd.guidance=3 "$@" --view far # as it was measured, but for the decoder of then
