@@ -37,8 +37,9 @@ def main(ranks: object) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the new weights (default: 0)")
     args = parser.parse_args()
     if args.finer:
+        coarse = load_dit(args.finer)
         try:
-            dit = finer(load_dit(args.finer))
+            dit = finer(coarse)
         except ValueError as error:
             raise ConfigError(f"{args.finer}: {error}") from None
     else:

@@ -15,12 +15,12 @@ from vdot.models.vace import VaceDiT
 
 @torch.no_grad()
 def finer(dit: VaceDiT) -> VaceDiT:
-    """``dit`` with patches of 1 x 1 x 1, a token for every latent pixel; its own weights stay as they are.
+    """``dit`` with patches of 1 x 1 x 1, a token for every latent pixel; it shares all other weights with ``dit``.
 
     Patch embeddings are summed over the patch and the head is averaged over it, so that where latents are constant
     within each of the old patches every new token is embedded as the old one was, and what the head makes of a token
-    is the mean of what it made of the patch. All else is taken over. It has to be trained on: tokens have other
-    neighbours, and positions (RoPE) count finer steps.
+    is the mean of what it made of the patch. It has to be trained on: tokens have other neighbours, and positions
+    (RoPE) count finer steps.
 
     Raises:
         ValueError: the patches cannot be smaller.
