@@ -10,7 +10,7 @@
 # coarse patches, that of finer ones was not run as a whole. On a GPU, from steps measured on an H200 and never run as a whole:
 # autoencoder at most 15 minutes, encoding 2, teachers at most 20 and 30; the finer patches and the text encoder were not
 # tried there.
-# CLIPS=N and NEAR_CLIPS=N change how many clips are encoded, SEEDS=N and NEAR_SEEDS=N how often each student of a table is
+# CLIPS=N, NEAR_CLIPS=N and WORD_CLIPS=N change how many clips are encoded, SEEDS=N and NEAR_SEEDS=N how often each student of a table is
 # trained, JOBS=N how many processes encode (on GPUs: one for each) and how many students are trained at a time
 # (default: cores).
 set -euo pipefail
@@ -18,10 +18,13 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 use_env train eval
 cd "$ROOT"
 runs="$ROOT/results/train" jobs="${JOBS:-$(nproc)}"
-train() { # a training that is stopped saves and exits in order: without an export it is not done
-    python training/train.py --config "$@"
-    [ -d "$runs/$1/export" ] || { echo "$1 was stopped before its end: the same command goes on" >&2; exit 130; }
+train_as() { # NAME CONFIG key=value...: a training that is stopped saves and exits in order, without an export it is not done
+    local name="$1"
+    shift
+    python training/train.py --config "$@" output_dir="$runs/$name"
+    [ -d "$runs/$name/export" ] || { echo "$name was stopped before its end: the same command goes on" >&2; exit 130; }
 }
+train() { train_as "$1" "$@"; }
 
 train tiny_text "$@"
 train tiny_vae vae.text_encoder="$runs/tiny_text/export" "$@"
@@ -39,14 +42,20 @@ encode "$runs/tiny_near_world" world.clips="${NEAR_CLIPS:-18432}" world.view=nea
 train tiny_near ckpt_dir="$runs/tiny_teacher/export" "$@"
 [ -d "$runs/tiny_fine_start" ] || python scripts/make_tiny.py --finer "$runs/tiny_near/export" --out "$runs/tiny_fine_start"
 train tiny_fine "$@"
-train tiny_vdot ckpt_dir="$runs/tiny_fine/export" "$@"
+# On with new clips, three times as many of those where nothing but words, references or boxes tells of a thing.
+all="$(python -c 'from vdot.data.sprites.tasks import TASKS; print(",".join(TASKS))')"
+words="t2v,r2v,r2v_several,layout,swap_anything"
+encode "$runs/tiny_words_world" world.clips="${WORD_CLIPS:-9216}" world.seed=2100000 world.tasks="[$all,$words,$words]" \
+    world.view=near vae_dtype=bfloat16
+train_as tiny_words tiny_fine ckpt_dir="$runs/tiny_fine/export" data.encoded="$runs/tiny_words_world" steps=4000 "$@"
+train tiny_vdot ckpt_dir="$runs/tiny_words/export" "$@"
 table() { # FOLDER WORLD TEACHER SEEDS options: where the students are trained and measured, on which clips, from whom
     local out="$1" world="$2" teacher="$3" seeds="$4"
     shift 4
     python benchmarks/ablation.py all ckpt_dir="$teacher" data.encoded="$world" "$@" \
         --out "$out" --teacher "$teacher" --seeds "$seeds" --jobs "$jobs"
 }
-table "$ROOT/results/ablation_near" "$runs/tiny_near_world" "$runs/tiny_fine/export" "${NEAR_SEEDS:-1}" "$@" \
+table "$ROOT/results/ablation_near" "$runs/tiny_words_world" "$runs/tiny_words/export" "${NEAR_SEEDS:-1}" "$@" \
     --view near --variants DMD --model "$runs/tiny_vdot/export"
 table "$ROOT/results/ablation" "$runs/tiny_world" "$runs/tiny_teacher/export" "${SEEDS:-3}" \
     steps=160 distill.dmd.guidance=3 "$@" --view far # as it was measured, but for the decoder of then
