@@ -3,22 +3,22 @@
 #   bash scripts/reproduce_tiny.sh               everything into results/; stopped anywhere, the same command goes on
 #   bash scripts/reproduce_tiny.sh steps=10      key=value for every training (here: a rehearsal of minutes)
 #   bash scripts/reproduce_tiny.sh parallel.compute=bfloat16 parallel.compile=true parallel.autocast=true    CPUs with AMX
-# Lengths are those of configs/train. By its parts, measured on two CPU cores, fifteen hours in all
-# (benchmarks/RESULTS.md). Seen from far, with AMX: text encoder 13 minutes, autoencoder 62 alone, encoding 40, teacher 86; of
-# the ablation 65 for its 24 students, about 115 for sampling and measuring 36 rows of 512 tasks each. Seen from near,
-# without AMX: decoder 20 on one core, encoding 44, teacher 227, with finer patches 88, student 22; its table took 60 of
-# coarse patches, that of finer ones was not run as a whole. On a GPU, from steps measured on an H200 and never run as a whole:
-# autoencoder at most 15 minutes, encoding 2, teachers at most 20 and 30; the finer patches and the text encoder were not
-# tried there.
-# CLIPS=N, NEAR_CLIPS=N and WORD_CLIPS=N change how many clips are encoded, SEEDS=N and NEAR_SEEDS=N how often each student of a table is
-# trained, JOBS=N how many processes encode (on GPUs: one for each) and how many students are trained at a time
-# (default: cores).
+# Lengths are those of configs/train. By its parts, measured on two CPU cores, seventeen hours in all
+# (benchmarks/RESULTS.md). Seen from far, with AMX: text encoder 13 minutes, autoencoder 62 alone, encoding 40,
+# teacher 86; of the ablation 65 for its 24 students, about 115 for sampling and measuring 36 rows of 512 tasks each.
+# Seen from near, without AMX: decoder 20 on one core, encoding 44, teacher 227, with finer patches 88; with AMX 15
+# for the new clips, 83 for the teacher on them, student 18; its table took 60 of coarse patches, that of finer ones
+# was not run as a whole. On a GPU, from steps measured on an H200 and never run as a whole: autoencoder at most 15
+# minutes, encoding 2, teachers at most 20 and 30; the finer patches and the text encoder were not tried there.
+# CLIPS=N, NEAR_CLIPS=N and WORD_CLIPS=N change how many clips are encoded, SEEDS=N and NEAR_SEEDS=N how often each student
+# of a table is trained, JOBS=N how many processes encode (on GPUs: one for each) and how many students are trained at a
+# time (default: cores).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 use_env train eval
 cd "$ROOT"
 runs="$ROOT/results/train" jobs="${JOBS:-$(nproc)}"
-train_as() { # NAME CONFIG key=value...: a training that is stopped saves and exits in order, without an export it is not done
+train_as() { # NAME CONFIG key=value...: stopped, a training saves and exits in order; without an export it is not done
     local name="$1"
     shift
     python training/train.py --config "$@" output_dir="$runs/$name"
