@@ -1,8 +1,10 @@
 """Worlds of two and four gloo processes on the CPU, started once per session and fed with functions to run."""
 
+import contextlib
 import multiprocessing
 import os
 import pickle
+import secrets
 import socket
 import traceback
 from collections.abc import Callable
@@ -12,9 +14,11 @@ import pytest
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """Nobody listens on it; it is below the ports of outgoing connections, one of which could take it meanwhile."""
+    while True:
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port := 20000 + secrets.randbelow(12000)))
+            return port
 
 
 def _work(rank: int, pipe: Any) -> None:
