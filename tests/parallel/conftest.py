@@ -1,6 +1,7 @@
 """Worlds of two and four gloo processes on the CPU, started once per session and fed with functions to run."""
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import pickle
@@ -8,6 +9,7 @@ import secrets
 import socket
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +23,10 @@ def free_port() -> int:
             return port
 
 
-def _work(rank: int, pipe: Any) -> None:
+def _work(rank: int, pipe: Any, last_words: str) -> None:
+    # What the process was at when a signal ended it: nothing else would say so.
+    faulthandler.enable(file := open(last_words, "w"))
+    os.dup2(file.fileno(), 2)
     import torch
     import torch.distributed as dist
 
@@ -48,7 +53,8 @@ def _work(rank: int, pipe: Any) -> None:
 class Pool:
     """Up to four processes that stay; the first of them form a world of any size."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder  # of what the processes say on stderr
         self.context = multiprocessing.get_context("spawn")
         self.workers: list[tuple[Any, Any]] = []
         self.port, self.size = 0, 0
@@ -60,15 +66,19 @@ class Pool:
             self.port, self.size = free_port(), size
             self._grow(size)
         pipes = [pipe for pipe, _ in self.workers[:size]]
-        for pipe in pipes:
-            pipe.send_bytes(pickle.dumps((size, self.port, function, args)))
         answers: list[tuple[bool, Any]] = []
-        for rank, pipe in enumerate(pipes):
-            if not pipe.poll(seconds):
-                failed = [a for ok, a in answers if not ok]
-                self.close()
-                pytest.fail(f"rank {rank} of {size} does not answer\n" + "\n".join(failed))
-            answers.append(pickle.loads(pipe.recv_bytes()))
+        try:
+            for pipe in pipes:
+                pipe.send_bytes(pickle.dumps((size, self.port, function, args)))
+            for rank, pipe in enumerate(pipes):
+                if not pipe.poll(seconds):
+                    raise TimeoutError(f"rank {rank} of {size} does not answer")
+                answers.append(pickle.loads(pipe.recv_bytes()))
+        except (OSError, EOFError) as error:  # TimeoutError and BrokenPipeError are among them
+            failed = [answer for ok, answer in answers if not ok]
+            said = self._last_words()
+            self.close()  # the next test gets processes of its own
+            pytest.fail("\n".join([f"{type(error).__name__}: {error}", *failed, *said]))
         failed = [f"rank {rank}:\n{answer}" for rank, (ok, answer) in enumerate(answers) if not ok]
         if failed:
             pytest.fail("\n".join(failed))
@@ -79,10 +89,22 @@ class Pool:
         os.environ["OMP_NUM_THREADS"] = "1"
         while len(self.workers) < size:
             here, there = self.context.Pipe()
-            process = self.context.Process(target=_work, args=(len(self.workers), there), daemon=True)
+            rank = len(self.workers)
+            process = self.context.Process(target=_work, args=(rank, there, str(self._words(rank))), daemon=True)
             process.start()
+            there.close()  # so that the end of the process is the end of the pipe
             self.workers.append((here, process))
         os.environ.pop("OMP_NUM_THREADS") if before is None else os.environ.update(OMP_NUM_THREADS=before)
+
+    def _words(self, rank: int) -> Path:
+        return self.folder / f"rank{rank}.txt"
+
+    def _last_words(self) -> list[str]:
+        """How each process ended, if it did, and the end of what it wrote to stderr."""
+        for _, process in self.workers:
+            process.join(1)
+        states = [f"exit code {p.exitcode}" if p.exitcode is not None else "lives" for _, p in self.workers]
+        return [f"rank {i} {s}:\n{self._words(i).read_text()[-4000:]}" for i, s in enumerate(states)]
 
     def close(self) -> None:
         for _, process in self.workers:
@@ -92,7 +114,7 @@ class Pool:
 
 
 @pytest.fixture(scope="session")
-def pool():
-    made = Pool()
+def pool(tmp_path_factory):
+    made = Pool(tmp_path_factory.mktemp("pool"))
     yield made
     made.close()
