@@ -111,7 +111,7 @@ def train(args: argparse.Namespace) -> None:
     def run(name: str, seed: int) -> None:
         folder = student(args.out, name, seed)
         folder.mkdir(parents=True, exist_ok=True)
-        options = [f"output_dir={folder}", f"seed={seed}", *VARIANTS[name], *args.overrides]
+        options = [f"output_dir={folder}", f"seed={seed}", *args.overrides, *VARIANTS[name]]
         command = [sys.executable, str(ROOT / "training" / "train.py"), "--config", args.config, *options]
         with (folder / "log.txt").open("a") as log:
             environment = {**os.environ, "OMP_NUM_THREADS": threads}

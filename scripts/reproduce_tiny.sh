@@ -3,16 +3,17 @@
 #   bash scripts/reproduce_tiny.sh               everything into results/; stopped anywhere, the same command goes on
 #   bash scripts/reproduce_tiny.sh steps=10      key=value for every training (here: a rehearsal of minutes)
 #   bash scripts/reproduce_tiny.sh parallel.compute=bfloat16 parallel.compile=true parallel.autocast=true    CPUs with AMX
-# Lengths are those of configs/train. By its parts, measured on two CPU cores, seventeen hours in all
+# Lengths are those of configs/train. By its parts, measured on two CPU cores, eighteen hours in all
 # (benchmarks/RESULTS.md). Seen from far, with AMX: text encoder 13 minutes, autoencoder 62 alone, encoding 40,
 # teacher 86; of the ablation 65 for its 24 students, about 115 for sampling and measuring 36 rows of 512 tasks each.
 # Seen from near, without AMX: decoder 20 on one core, encoding 44, teacher 227, with finer patches 88; with AMX 15
-# for the new clips, 83 for the teacher on them, student 18; its table took 60 of coarse patches, that of finer ones
-# was not run as a whole. On a GPU, from steps measured on an H200 and never run as a whole: autoencoder at most 15
-# minutes, encoding 2, teachers at most 20 and 30; the finer patches and the text encoder were not tried there.
-# CLIPS=N, NEAR_CLIPS=N and WORD_CLIPS=N change how many clips are encoded, SEEDS=N and NEAR_SEEDS=N how often each student
-# of a table is trained, JOBS=N how many processes encode (on GPUs: one for each) and how many students are trained at a
-# time (default: cores).
+# for the new clips, 83 for the teacher on them; without, 8 for newer ones, 41 for the teacher on these, student 17; its
+# table took 60 of coarse patches, that of finer ones was not run as a whole. On a GPU, from steps measured on an H200
+# and never run as a whole: autoencoder at most 15 minutes, encoding 2, teachers at most 20 and 30; the finer patches
+# and the text encoder were not tried there.
+# CLIPS=N, NEAR_CLIPS=N, WORD_CLIPS=N and GENTLE_CLIPS=N change how many clips are encoded, SEEDS=N and NEAR_SEEDS=N how
+# often each student of a table is trained, JOBS=N how many processes encode (on GPUs: one for each) and how many students
+# are trained at a time (default: cores).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 use_env train eval
@@ -48,14 +49,19 @@ words="t2v,r2v,r2v_several,layout,swap_anything"
 encode "$runs/tiny_words_world" world.clips="${WORD_CLIPS:-9216}" world.seed=2100000 world.tasks="[$all,$words,$words]" \
     world.view=near vae_dtype=bfloat16
 train_as tiny_words tiny_fine ckpt_dir="$runs/tiny_fine/export" data.encoded="$runs/tiny_words_world" steps=4000 "$@"
-train tiny_vdot ckpt_dir="$runs/tiny_words/export" "$@"
+# And again, gently: at 4e-3 a trained teacher first loses what it has. Half of the noise is now below a level of one half.
+encode "$runs/tiny_gentle_world" world.clips="${GENTLE_CLIPS:-4368}" world.seed=2300000 \
+    world.tasks="[$all,$words,$words]" world.view=near vae_dtype=bfloat16
+train_as tiny_gentle tiny_fine ckpt_dir="$runs/tiny_words/export" data.encoded="$runs/tiny_gentle_world" steps=2000 \
+    generator.lr=1.5e-3 flow.noise.shift=1 "$@"
+train tiny_vdot ckpt_dir="$runs/tiny_gentle/export" "$@"
 table() { # FOLDER WORLD TEACHER SEEDS options: where the students are trained and measured, on which clips, from whom
     local out="$1" world="$2" teacher="$3" seeds="$4"
     shift 4
     python benchmarks/ablation.py all ckpt_dir="$teacher" data.encoded="$world" "$@" \
         --out "$out" --teacher "$teacher" --seeds "$seeds" --jobs "$jobs"
 }
-table "$ROOT/results/ablation_near" "$runs/tiny_words_world" "$runs/tiny_words/export" "${NEAR_SEEDS:-1}" "$@" \
+table "$ROOT/results/ablation_near" "$runs/tiny_gentle_world" "$runs/tiny_gentle/export" "${NEAR_SEEDS:-1}" "$@" \
     --view near --variants DMD --model "$runs/tiny_vdot/export"
 table "$ROOT/results/ablation" "$runs/tiny_world" "$runs/tiny_teacher/export" "${SEEDS:-3}" \
-    steps=160 distill.dmd.guidance=3 "$@" --view far # as it was measured, but for the decoder of then
+    steps=160 distill.schedule.shift=3 distill.dmd.guidance=3 "$@" --view far # as it was measured, but for the decoder of then

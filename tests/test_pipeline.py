@@ -254,7 +254,7 @@ def test_offloading_on_a_cpu_changes_nothing(offload, tiny):
 
 
 def test_the_schedule_and_defaults_travel_with_the_checkpoint(tiny):
-    assert tiny.schedule == FewStepSchedule(4, 3.0, "renoise", 1.0)
+    assert tiny.schedule == FewStepSchedule(4, 2.0, "renoise", 1.0)
     assert tiny.defaults == Defaults("64*64", 17, 8.0, "")
     result = tiny("x", **SMALL)
     assert (result.schedule, result.fps, result.seed) == (tiny.schedule, 8.0, 2025)
