@@ -104,7 +104,7 @@ class Pool:
         for _, process in self.workers:
             process.join(1)
         states = [f"exit code {p.exitcode}" if p.exitcode is not None else "lives" for _, p in self.workers]
-        return [f"rank {i} {s}:\n{self._words(i).read_text()[-4000:]}" for i, s in enumerate(states)]
+        return [f"rank {i} {s}:\n{self._words(i).read_text()[-16000:]}" for i, s in enumerate(states)]
 
     def close(self) -> None:
         for _, process in self.workers:

@@ -19,6 +19,8 @@ from vdot.parallel.state import Ranks
 TINY = ROOT / "models" / "vdot-tiny"
 # Float32; four steps through six blocks, sums in another order. Pixels: one of 255 where rounding falls otherwise.
 LATENT_TOLERANCE, PIXEL_TOLERANCE = 2e-4, 1
+# The second chunk starts from frames of the first as bytes, one of which may be rounded otherwise: all of it follows.
+CHUNKED_TOLERANCE = 2e-3, 4
 
 Y, X = np.mgrid[:32, :64]
 CLIP = np.stack([np.stack([4 * X, 8 * Y, 0 * X + 25 * i], -1) for i in range(5)]).astype(np.uint8)
@@ -69,13 +71,14 @@ def generate(ulysses: int, ring: int, case: str, sharded: bool) -> dict[str, Any
 )
 def test_latents_and_pixels_equal_one_process(pool, ulysses, ring, case, sharded):
     expected = generate(1, 1, case, False)
+    latent_tolerance, pixel_tolerance = CHUNKED_TOLERANCE if case == "chunked" else (LATENT_TOLERANCE, PIXEL_TOLERANCE)
     answers = pool.run(ulysses * ring, generate, ulysses, ring, case, sharded)
     for rank, found in enumerate(answers):
-        assert (found["latents"] - expected["latents"]).abs().max() < LATENT_TOLERANCE
+        assert (found["latents"] - expected["latents"]).abs().max() < latent_tolerance
         assert torch.equal(found["latents"], answers[0]["latents"])  # no rank drifts away from the others
         assert len(found["frames"]) == (0 if rank else len(expected["frames"]))
     difference = answers[0]["frames"].astype(int) - expected["frames"].astype(int)
-    assert np.abs(difference).max() <= PIXEL_TOLERANCE
+    assert np.abs(difference).max() <= pixel_tolerance
 
     # Nothing twice: each prompt on one rank (on all that hold a part of the encoder), the clip in shares.
     prompts = ["a red ball rolls over the grass"] + (["rain"] if case == "guided" else [])
