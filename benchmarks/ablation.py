@@ -111,6 +111,7 @@ def train(args: argparse.Namespace) -> None:
     def run(name: str, seed: int) -> None:
         folder = student(args.out, name, seed)
         folder.mkdir(parents=True, exist_ok=True)
+        # What a variant is comes last: --view far is run with another shift, which must not undo MISMATCH.
         options = [f"output_dir={folder}", f"seed={seed}", *args.overrides, *VARIANTS[name]]
         command = [sys.executable, str(ROOT / "training" / "train.py"), "--config", args.config, *options]
         with (folder / "log.txt").open("a") as log:
