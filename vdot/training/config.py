@@ -61,6 +61,13 @@ class FlowConfig:
 
     noise: NoiseConfig = field(default_factory=lambda: NoiseConfig(5.0, [0.0, 1.0], [0.0, 1.0]))
     drop_text: float = 0.1  # share of samples that see the negative prompt, for guidance later
+    # Share of samples whose source and mask are taken away: words and references alone have to tell, of every clip.
+    drop_source: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("drop_text", "drop_source"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"flow.{name} is a share, from 0 to 1, got {getattr(self, name)}")
 
 
 @dataclass

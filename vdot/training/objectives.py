@@ -1,6 +1,6 @@
 """What one step of a run does: whose gradients, whose update, what is worth telling."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vdot.checkpoints import inspect_checkpoint, load_vae
+from vdot.conditioning import Condition, encode_context
 from vdot.data.batch import Batch
 from vdot.data.dataset import Feeder, Sampler, Source
 from vdot.distillation.draws import Draws, keyed_generator
@@ -273,6 +274,13 @@ class Flow(DitObjective):
         self.student = self.networks.role("generator")
         self.updater = Updater("generator", self.networks.generator, config.generator, config, self.guard)
         self.updaters = (self.updater,)
+        # What the networks see without a source, by the grid of a clip's latents; made now, while there is room.
+        self.nothing: dict[tuple[int, int, int], Tensor] = {}
+        if config.flow.drop_source:
+            assert config.ckpt_dir is not None
+            with ranks.agree():
+                grids = {(shape.frames, shape.height, shape.width) for shape in source.shapes}
+                self.nothing = without_source(config.ckpt_dir, grids, device)
 
     def step(self, step: int, batches: Sequence[Batch], section: Section) -> dict[str, float]:
         values = self.updater.update(step, batches, partial(self._differentiate, step, section), section)
@@ -288,7 +296,9 @@ class Flow(DitObjective):
         draws = Draws(self.config.seed, step, "flow", batch.numbers, batch.shape.latent, self.device)
         sigma = draws.sigma("sigma", noise_config.shift, noise_config.raw, noise_config.clamp)
         noise = draws.noise("noise")
-        batch = drop_text(batch, self.negative, self.config.flow.drop_text, (self.config.seed, step))
+        key = (self.config.seed, step)
+        batch = drop_text(batch, self.negative, self.config.flow.drop_text, key)
+        batch = drop_source(batch, self.nothing, self.config.flow.drop_source, key)
         with section("forward"):
             velocity = self.student(add_noise(real, noise, sigma), sigma_to_t(sigma), batch)
             loss = denoising_loss(velocity, noise, real)
@@ -299,8 +309,7 @@ class Flow(DitObjective):
 
 def drop_text(batch: Batch, negative: Tensor, probability: float, key: tuple[int, int]) -> Batch:
     """``batch`` with the prompts of some samples, chosen by their numbers, replaced by ``negative [L, C]``."""
-    chances = [torch.rand((), generator=keyed_generator(*key, "drop_text", n)).item() for n in batch.numbers]
-    dropped = [chance < probability for chance in chances]
+    dropped = _chosen(batch, probability, key, "drop_text")
     if not any(dropped):
         return batch
     longest = max(batch.text.shape[1], len(negative))
@@ -310,3 +319,35 @@ def drop_text(batch: Batch, negative: Tensor, probability: float, key: tuple[int
             text[i] = torch.nn.functional.pad(negative, (0, 0, 0, longest - len(negative)))
     lengths = tuple(len(negative) if drop else n for drop, n in zip(dropped, batch.lengths, strict=True))
     return replace(batch, text=text, lengths=lengths)
+
+
+def drop_source(
+    batch: Batch, nothing: Mapping[tuple[int, int, int], Tensor], probability: float, key: tuple[int, int]
+) -> Batch:
+    """``batch`` with source and mask of some samples, chosen by their numbers, taken away; references stay.
+
+    ``nothing``: what is left of a context then, ``[96, F, H, W]`` by (F, H, W).
+    """
+    dropped = _chosen(batch, probability, key, "drop_source")
+    if not any(dropped):
+        return batch
+    shape, context = batch.shape, batch.context.clone()
+    context[torch.tensor(dropped), :, shape.references :] = nothing[shape.frames, shape.height, shape.width]
+    return replace(batch, context=context)
+
+
+def without_source(
+    checkpoint: str | Path, grids: Iterable[tuple[int, int, int]], device: torch.device
+) -> dict[tuple[int, int, int], Tensor]:
+    """Contexts ``[96, F, H, W]`` of clips of which nothing is given, by grids (F, H, W) of their latents.
+
+    ``CheckpointError`` when the checkpoint has no autoencoder.
+    """
+    vae = load_vae(checkpoint, "float32", device)
+    return {(f, h, w): encode_context(vae, Condition(4 * f - 3, 8 * h, 8 * w), device)[0] for f, h, w in grids}
+
+
+def _chosen(batch: Batch, probability: float, key: tuple[int, int], purpose: str) -> list[bool]:
+    """Of each sample, whether a draw that depends on ``key``, ``purpose`` and its number is below ``probability``."""
+    generators = [keyed_generator(*key, purpose, number) for number in batch.numbers]
+    return [torch.rand((), generator=generator).item() < probability for generator in generators]
