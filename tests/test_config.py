@@ -162,6 +162,15 @@ def test_tables_within_a_config_hold_any_text_and_name_what_is_wrong():
     config = load_config(TrainConfig, None, ["steps=3"], {"data": vars(config.data)})
     assert config.data.negative_prompt == "${a}" and config.data.task_weights == {"depth": 2.0} and config.steps == 3
     assert load_config(TrainConfig, None, ["export_layouts=[]"]).export_layouts == []
-    for wrong, message in (("data.task_weights.a=x", "task_weights"), ("generator.betas=[0,x]", "betas")):
+    weights = load_config(TrainConfig, None, ["data.task_weights={t2v: 2, r2v:1e-1}"]).data.task_weights
+    assert weights == {"t2v": 2.0, "r2v": 0.1}
+    assert load_config(TrainConfig, None, ["data.task_weights={}"]).data.task_weights == {}
+    for wrong, message in (
+        ("data.task_weights.a=x", "task_weights"),
+        ("data.task_weights={a: x}", "task_weights"),
+        ("data.task_weights={a}", "not {key: value, ...}"),
+        ("data.task_weights=3", "not {key: value, ...}"),
+        ("generator.betas=[0,x]", "betas"),
+    ):
         with pytest.raises(ConfigError, match=message):
             load_config(TrainConfig, None, [wrong])

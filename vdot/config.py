@@ -102,7 +102,7 @@ def merge_config(base: T, values: Mapping[str, Any], where: str) -> T:
             around[key] = value
         else:
             around.pop(key, None)
-            through[key] = _split(value) if isinstance(value, str) and _is_list(kinds) else value
+            through[key] = _parts(value, kinds) if isinstance(value, str) else value
     held: list[tuple[str, Any]] = [(k, v) for k, v in vars(base).items() if _goes_around(v)]
     plain = replace(cast(Any, base), **{k: "" if isinstance(v, str) else type(v)() for k, v in held})
     try:
@@ -134,13 +134,26 @@ def _split(text: str) -> list[str]:
     return [part.strip() for part in text.strip().strip("[]").split(",") if part.strip()]
 
 
-def _is_list(kinds: tuple[Any, ...]) -> bool:
-    return any(get_origin(kind) in (list, tuple) for kind in kinds)
+def _table(text: str) -> dict[str, str] | str:
+    """``{a: 1, b: 2}`` -> its entries, as texts; anything else stays what it is."""
+    pairs = [part.partition(":") for part in _split(text.strip().strip("{}"))]
+    if not text.strip().startswith("{") or not all(colon for _, colon, _ in pairs):
+        return text
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def _parts(text: str, kinds: tuple[Any, ...]) -> Any:
+    """A text of ``key=value`` as the list or table that a field of these types wants."""
+    origins = {get_origin(kind) for kind in kinds}
+    if origins & {list, tuple}:
+        return _split(text)
+    return _table(text) if dict in origins else text
 
 
 def _wanted(schema: type, key: str) -> str:
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    return next((names[kind] for kind in _kinds(schema, key) if kind in names), "a list or table of the right kind")
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "{key: value, ...}"}
+    kinds = [get_origin(kind) or kind for kind in _kinds(schema, key)]
+    return next((names[kind] for kind in kinds if kind in names), "a list of the right kind")
 
 
 def _check_keys(schema: type, values: Mapping[str, Any], where: str) -> None:
