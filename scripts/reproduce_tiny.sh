@@ -3,17 +3,17 @@
 #   bash scripts/reproduce_tiny.sh               everything into results/; stopped anywhere, the same command goes on
 #   bash scripts/reproduce_tiny.sh steps=10      key=value for every training (here: a rehearsal of minutes)
 #   bash scripts/reproduce_tiny.sh parallel.compute=bfloat16 parallel.compile=true parallel.autocast=true    CPUs with AMX
-# Lengths are those of configs/train. By its parts, measured on two CPU cores, eighteen hours in all
+# Lengths are those of configs/train. By its parts, measured on two CPU cores, twenty hours in all
 # (benchmarks/RESULTS.md). Seen from far, with AMX: text encoder 13 minutes, autoencoder 62 alone, encoding 40,
 # teacher 86; of the ablation 65 for its 24 students, about 115 for sampling and measuring 36 rows of 512 tasks each.
 # Seen from near, without AMX: decoder 20 on one core, encoding 44, teacher 227, with finer patches 88; with AMX 15
-# for the new clips, 83 for the teacher on them; without, 8 for newer ones, 41 for the teacher on these, student 17; its
-# table took 60 of coarse patches, that of finer ones was not run as a whole. On a GPU, from steps measured on an H200
-# and never run as a whole: autoencoder at most 15 minutes, encoding 2, teachers at most 20 and 30; the finer patches
-# and the text encoder were not tried there.
-# CLIPS=N, NEAR_CLIPS=N, WORD_CLIPS=N and GENTLE_CLIPS=N change how many clips are encoded, SEEDS=N and NEAR_SEEDS=N how
-# often each student of a table is trained, JOBS=N how many processes encode (on GPUs: one for each) and how many students
-# are trained at a time (default: cores).
+# for the new clips, 83 for the teacher on them; without, 8 and 41 for newer ones, 20 and 62 for those told more often
+# without a source, student 17; the table took 60 of coarse patches, that of finer ones was not run as a whole. On a
+# GPU, from steps measured on an H200 and never run as a whole: autoencoder at most 15 minutes, encoding 2, teachers at
+# most 20 and 30; the finer patches and the text encoder were not tried there.
+# CLIPS=N, NEAR_CLIPS=N, WORD_CLIPS=N, GENTLE_CLIPS=N and TOLD_CLIPS=N change how many clips are encoded, SEEDS=N and
+# NEAR_SEEDS=N how often each student of a table is trained, JOBS=N how many processes encode (on GPUs: one for each) and
+# how many students are trained at a time (default: cores).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 use_env train eval
@@ -43,7 +43,7 @@ encode "$runs/tiny_near_world" world.clips="${NEAR_CLIPS:-18432}" world.view=nea
 train tiny_near ckpt_dir="$runs/tiny_teacher/export" "$@"
 [ -d "$runs/tiny_fine_start" ] || python scripts/make_tiny.py --finer "$runs/tiny_near/export" --out "$runs/tiny_fine_start"
 train tiny_fine "$@"
-# On with new clips, three times as many of those where nothing but words, references or boxes tells of a thing.
+# On with new clips, more of them those where nothing but words, references or boxes tells of a thing.
 all="$(python -c 'from vdot.data.sprites.tasks import TASKS; print(",".join(TASKS))')"
 words="t2v,r2v,r2v_several,layout,swap_anything"
 encode "$runs/tiny_words_world" world.clips="${WORD_CLIPS:-9216}" world.seed=2100000 world.tasks="[$all,$words,$words]" \
@@ -55,6 +55,13 @@ encode "$runs/tiny_gentle_world" world.clips="${GENTLE_CLIPS:-4368}" world.seed=
 train_as tiny_gentle tiny_fine ckpt_dir="$runs/tiny_words/export" data.encoded="$runs/tiny_gentle_world" steps=2000 \
     generator.lr=1.5e-3 flow.noise.shift=1 "$@"
 train tiny_vdot ckpt_dir="$runs/tiny_gentle/export" "$@"
+# models/vace-tiny, the teacher on once more: the student shipped is of the one before. Rows of a task do not make it come
+# more often, its weight does: of half the samples here words, references or boxes alone tell.
+encode "$runs/tiny_told_world" world.clips="${TOLD_CLIPS:-11340}" world.seed=2600000 \
+    world.tasks="[$all,$words,$words]" world.view=near vae_dtype=bfloat16
+train_as tiny_told tiny_fine ckpt_dir="$runs/tiny_gentle/export" data.encoded="$runs/tiny_told_world" steps=2900 \
+    generator.lr=1.5e-3 flow.noise.shift=2 flow.drop_source=0.4 \
+    data.task_weights="{t2v: 2, r2v: 3, r2v_several: 3, layout: 2, swap_anything: 2}" "$@"
 table() { # FOLDER WORLD TEACHER SEEDS options: where the students are trained and measured, on which clips, from whom
     local out="$1" world="$2" teacher="$3" seeds="$4"
     shift 4
