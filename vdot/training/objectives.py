@@ -274,7 +274,8 @@ class Flow(DitObjective):
         self.student = self.networks.role("generator")
         self.updater = Updater("generator", self.networks.generator, config.generator, config, self.guard)
         self.updaters = (self.updater,)
-        # What the networks see without a source, by the grid of a clip's latents; made now, while there is room.
+        # What the networks see without a source, by the grid of a clip's latents; made before the first step, so that a
+        # checkpoint without an autoencoder is refused at once.
         self.nothing: dict[tuple[int, int, int], Tensor] = {}
         if config.flow.drop_source:
             assert config.ckpt_dir is not None
