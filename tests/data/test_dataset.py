@@ -16,10 +16,19 @@ from tests.data import failing
 from tests.data.conftest import MIXED
 from vdot.data import dataset, encoding
 from vdot.data.batch import Example, Shape
-from vdot.data.dataset import EncodedSource, Feeder, LiveSource, Sampler, open_source
+from vdot.data.dataset import (
+    EncodedSource,
+    Feeder,
+    JointSampler,
+    JointSource,
+    LiveSource,
+    Sampler,
+    make_sampler,
+    open_source,
+)
 from vdot.data.decoding import Workers
 from vdot.data.encoding import EncodeConfig, encode_table
-from vdot.data.manifest import DataConfig, check_table
+from vdot.data.manifest import DataConfig, StillsConfig, check_table
 from vdot.data.shards import part_files
 from vdot.errors import ConfigError, InputError
 from vdot.parallel.state import Ranks
@@ -127,6 +136,54 @@ def test_substitutes_are_all_others_of_the_group_and_the_task_comes_first():
     assert sorted(order) == [i for i in range(14) if i != 2]
     assert [tasks[i] for i in order] == ["a"] * 6 + ["b"] * 7
     assert order == list(sampler.substitutes(3, 0, 2)) != list(sampler.substitutes(4, 0, 2))
+
+
+def test_smaller_examples_make_larger_batches_and_come_as_often_as_their_weights_say():
+    """64 latent pixels a batch: 16 of SMALL, 2 of LARGE (2 + 1 frames of 8 pixels); rows as often as weights say."""
+    tasks = ["a"] * 6 + ["b"] * 4
+    shapes = [SMALL] * 5 + [LARGE] * 5
+    sampler = Sampler(shapes, tasks, {"a": 3.0}, seed=2, pixels=64)
+    counts, draws = np.zeros(10), 6000
+    for number in range(draws):
+        rows = sampler.draw(number)
+        assert len(rows) == (16 if rows[0] < 5 else 2) and {shapes[row] for row in rows} == {shapes[rows[0]]}
+        np.add.at(counts, rows, 1)
+    assert sampler.sizes == (2, 16) and counts.sum() / draws == pytest.approx(sampler.mean_size, rel=0.05)
+    np.testing.assert_allclose(counts / counts.sum(), [3 / 4 / 6] * 6 + [1 / 4 / 4] * 4, rtol=0.1)
+    assert Sampler(shapes, tasks, pixels=64, multiple=3).sizes == (3, 15)
+    assert Sampler(shapes, tasks, pixels=1).sizes == (1,)
+
+
+def test_batches_of_clips_and_of_stills_come_by_their_share():
+    clips = Sampler([LARGE] * 8, ["a"] * 8, batch_size=2, seed=4)
+    both = JointSampler(clips, Sampler([SMALL] * 5, ["b"] * 5, seed=4, pixels=24), 0.7, seed=4)
+    drawn = [both.draw(number) for number in range(4000)]
+    assert both.sizes == (2, 6)
+    assert all((len(rows) == 6) == (min(rows) >= 8) == (max(rows) >= 8) for rows in drawn)
+    assert {row for rows in drawn for row in rows} == set(range(13))
+    assert sum(rows[0] >= 8 for rows in drawn) / 4000 == pytest.approx(0.7, abs=0.03)  # four deviations
+    assert drawn[7] == both.draw(7)
+    assert sorted(both.substitutes(0, 0, 3)) == [0, 1, 2, 4, 5, 6, 7]
+    assert sorted(both.substitutes(0, 0, 10)) == [8, 9, 11, 12]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ranks_share_batches_of_either_kind(workers):
+    source = JointSource(Numbers(["a"] * 8, [LARGE] * 8), Numbers(["b"] * 5))
+    config = DataConfig(encoded="a", stills=StillsConfig("b", share=0.5, task_weights={"b": 2.0}))
+    sampler = make_sampler(source, config, 2, 1, multiple=2)
+    assert sampler.sizes == (2, 12) and source.shapes[8:] == [SMALL] * 5  # 2 x 24 latent pixels and 12 x 4
+    whole = take(Feeder(source, sampler, workers=workers), 12)
+    assert {batch.shape for batch in whole} == {SMALL, LARGE}
+    numbers = [number for batch in whole for number in batch.numbers]
+    assert len(set(numbers)) == len(numbers)
+    for rank in (0, 1):
+        for batch, part in zip(whole, take(Feeder(source, sampler, rank, 2, workers), 12), strict=True):
+            half = len(batch.rows) // 2
+            assert part.rows == batch.rows[rank * half : (rank + 1) * half]
+            assert part.numbers == batch.numbers[rank * half : (rank + 1) * half]
+    with pytest.raises(ConfigError, match="a global batch of 2 cannot be shared by 3"):
+        Feeder(source, sampler, 0, 3)
 
 
 @pytest.mark.parametrize(
@@ -412,3 +469,29 @@ def test_a_source_is_opened_as_the_config_says(encoded, encoder, monkeypatch, sa
         open_source(DataConfig(), TINY, CPU)
     with pytest.raises(ConfigError, match="size"):
         open_source(DataConfig(encoded=str(folder), size="128*128"), TINY, CPU)
+
+
+def test_clips_and_stills_of_two_folders_are_one_source(encoded, tmp_path, table, encoder, monkeypatch):
+    """A second folder of two rows, a single frame each, and one made with another negative prompt."""
+    folder, _ = encoded
+    path = table([MIXED[0], MIXED[1]], "stills.csv")
+    for name, more in (("stills", {}), ("other", {"negative_prompt": "blurred"})):
+        options = EncodeConfig(path=path, frame_num=1, ckpt_dir=str(TINY), out=str(tmp_path / name), workers=0, **more)
+        encode_table(options, CPU, Ranks())
+    config = DataConfig(encoded=str(folder), stills=StillsConfig(str(tmp_path / "stills")))
+    source = open_source(config, TINY, CPU)
+    assert isinstance(source, JointSource) and len(source) == 5
+    clips, stills = EncodedSource(folder), EncodedSource(tmp_path / "stills")
+    assert source.identity not in (clips.identity, stills.identity)
+    assert [shape.frames for shape in source.shapes[3:]] == [1, 1] and source.shapes[:3] == clips.shapes
+    for index in range(5):
+        got, want = source.load(index), clips.load(index) if index < 3 else stills.load(index - 3)
+        assert got.row == index and got.task == want.task and torch.equal(got.context, want.context)
+    assert torch.equal(source.negative(), clips.negative())
+    with pytest.raises(ConfigError, match="different negative prompts, '' and 'blurred'"):
+        open_source(DataConfig(encoded=str(folder), stills=StillsConfig(str(tmp_path / "other"))), TINY, CPU)
+    with pytest.raises(ConfigError, match="give the first one"):
+        DataConfig(stills=StillsConfig("there"))
+    for share in (0.0, 1.0, float("nan")):
+        with pytest.raises(ConfigError, match=r"data\.stills\.share is a share"):
+            StillsConfig(share=share)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from tests.conftest import ROOT
 from tests.training.toy import ToySource, toy_checkpoint, toy_config
 from vdot import VdotPipeline
 from vdot.checkpoints import load_dit
+from vdot.data.dataset import JointSource, latent_pixels, make_sampler
 from vdot.errors import CheckpointError, ConfigError, InputError, TrainingError
 from vdot.parallel.state import Ranks
 from vdot.training.checkpoint import CheckpointStore
@@ -89,6 +91,33 @@ def test_resumed_equals_uninterrupted_bit_for_bit(variant, teacher, tmp_path):
         for folder in (whole, parts)
     ]
     assert lines[0] == lines[1] and [line["step"] for line in lines[0]] == [1, 2, 3, 4, 5, 6]
+
+
+class Stills(ToySource):
+    """The same examples, single frames."""
+
+    identity = "stills"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes = [replace(shape, frames=1) for shape in self.shapes]
+
+
+@pytest.mark.parametrize("objective", ["flow", "distill"])
+def test_clips_and_stills_train_together_and_go_on(objective, teacher, tmp_path):
+    """Tokens are 2 x 2 latent pixels; a batch of stills has the 64 latent pixels of two clips without a reference."""
+    source = JointSource(ToySource(), Stills())
+    values = {"objective": objective, "data__encoded": "clips", "data__stills__encoded": "stills", "seed": 3}
+    whole, parts = (toy_config(teacher, tmp_path / name, **values) for name in ("whole", "parts"))
+    run(whole, source)
+    run(replace(parts, steps=3), source)
+    run(parts, source)
+    assert equal(saved(tmp_path / "whole", 6), saved(tmp_path / "parts", 6))
+    drawn = [make_sampler(source, whole.data, 2, 3).draw(number) for number in range(6)]
+    counted = [sum(latent_pixels(source.shapes[row]) for row in rows) // 4 for rows in drawn]
+    lines = read_metrics(tmp_path / "whole" / "metrics.jsonl")
+    assert [round(line["tokens_per_second"] * line["seconds"]) for line in lines] == counted
+    assert {source.shapes[rows[0]].frames for rows in drawn} == {1, 2} and {len(rows) for rows in drawn} > {2}
 
 
 def test_a_checkpoint_of_other_networks_is_refused(teacher, tmp_path):

@@ -312,12 +312,25 @@ def test_what_cannot_fit_is_refused_with_a_way_out():
 def test_rows_by_task_and_shape():
     rows = Rows(["a", "a", "a", "b"], [Shape(0, 5, 4, 4)] * 3 + [Shape(1, 5, 4, 4)], [True, True, False, True])
     lines = rows.describe(config("steps=10", "batch_size=2", "data.task_weights.b=3"), PRESETS["1.3B"].dit)
-    assert lines[0] == "data  4 rows; 20 samples in 10 steps: 5.00 epochs"
+    assert lines[0] == "data  4 rows; 20 samples in 10 batches: 5.00 epochs"
     assert lines[1].split() == "a 3 rows 25.0% of samples, 1.67 times each; 2 with a real clip".split()
     assert lines[2].split() == "b 1 rows 75.0% of samples, 15.00 times each; 1 with a real clip".split()
     assert "3 rows of 17 frames, 32 x 32, 0 references: 20 tokens" in lines[3]
     with pytest.raises(ConfigError, match="names the task 'c'"):
         rows.describe(config("data.task_weights.c=1"), PRESETS["1.3B"].dit)
+
+
+def test_rows_of_clips_and_of_stills():
+    """A quarter of ten batches of 2 clips, three quarters of stills: 2 x 5 x 16 latent pixels are 10 stills."""
+    stills = Rows(["b"] * 2, [Shape(0, 1, 4, 4)] * 2, [True] * 2)
+    rows = Rows(["a"] * 2, [Shape(0, 5, 4, 4)] * 2, [True] * 2, stills)
+    named = ("data.encoded=a", "data.stills.encoded=b", "data.stills.share=0.75")
+    given = config("steps=10", "batch_size=2", *named)
+    lines = rows.describe(given, PRESETS["1.3B"].dit)
+    assert lines[0] == "clips  2 rows; 5 samples in 2.5 batches: 2.50 epochs"
+    assert lines[3] == "stills  2 rows; 75 samples in 7.5 batches: 37.50 epochs"
+    with pytest.raises(ConfigError, match="names the task 'a'"):
+        rows.describe(config(*named, "data.stills.task_weights.a=1"), PRESETS["1.3B"].dit)
 
 
 @pytest.fixture

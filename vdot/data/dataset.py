@@ -8,7 +8,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from hashlib import blake2b
 from pathlib import Path
 from threading import Lock
@@ -110,6 +110,31 @@ class EncodedSource:
         """Nothing is open."""
 
 
+class JointSource:
+    """The rows of two sources, one after the other; both were encoded by the same networks."""
+
+    def __init__(self, clips: Source, stills: Source) -> None:
+        self.parts = (clips, stills)
+        self.shapes = [*clips.shapes, *stills.shapes]
+        self.tasks = [*clips.tasks, *stills.tasks]
+        self.paired = [*clips.paired, *stills.paired]
+        self.identity = _identity(part.identity for part in self.parts)
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def load(self, index: int) -> Example:
+        clips, stills = self.parts
+        return clips.load(index) if index < len(clips) else replace(stills.load(index - len(clips)), row=index)
+
+    def negative(self) -> Tensor:
+        return self.parts[0].negative()
+
+    def close(self) -> None:
+        for part in self.parts:
+            part.close()
+
+
 class LiveSource:
     """Rows of a checked table, decoded in ``workers`` processes and encoded where they are asked for."""
 
@@ -163,9 +188,7 @@ def open_source(
     ranks = ranks or Ranks()
     if config.encoded is not None:
         with ranks.agree():
-            source = EncodedSource(config.encoded, config.keep)
-            check_settings(source, config, checkpoint)
-        return source
+            return open_encoded(config, checkpoint, config.keep)
     with ranks.agree():
         notes = inspect_checkpoint(checkpoint).defaults
         defaults = Defaults.from_dict(notes or {}, f"{checkpoint}/defaults.json")
@@ -174,6 +197,28 @@ def open_source(
         encoder = load_encoder(checkpoint, device, dtype, vae_dtype)
     negative = defaults.negative_prompt if config.negative_prompt is None else config.negative_prompt
     return LiveSource(entries, layout, encoder, negative, config.workers)
+
+
+def open_encoded(config: DataConfig, checkpoint: str | Path, keep: int = 0) -> EncodedSource | JointSource:
+    """``config.encoded``, with ``config.stills.encoded`` if there is one; of each, ``keep`` rows stay in memory.
+
+    Raises:
+        ConfigError: as ``check_settings``, or the two folders differ in more than the size of their clips.
+        InputError: a file is missing or damaged.
+    """
+    assert config.encoded is not None
+    clips = EncodedSource(config.encoded, keep)
+    check_settings(clips, config, checkpoint)
+    if config.stills.encoded is None:
+        return clips
+    stills = EncodedSource(config.stills.encoded, keep)
+    check_settings(stills, DataConfig(encoded=config.stills.encoded), checkpoint)
+    if stills.settings.negative_prompt != clips.settings.negative_prompt:
+        raise ConfigError(
+            f"{clips.folder} and {stills.folder} were encoded with different negative prompts, "
+            f"{clips.settings.negative_prompt!r} and {stills.settings.negative_prompt!r}: encode one of them again"
+        )
+    return JointSource(clips, stills)
 
 
 def check_settings(source: EncodedSource, config: DataConfig, checkpoint: str | Path) -> None:
@@ -201,8 +246,8 @@ class Sampler:
     """Which rows make up which batch.
 
     A batch's rows share one shape, and have a real clip or have none. First such a group is drawn, by the summed
-    weights of its rows, then each row of the batch inside it by weight, so that every sample of the run is a row with
-    the probability of its weight. A task's weight is shared by its rows alike.
+    weights of its rows over the size of its batches, then each row of the batch inside it by weight, so that every
+    sample of the run is a row with the probability of its weight. A task's weight is shared by its rows alike.
     """
 
     def __init__(
@@ -213,8 +258,14 @@ class Sampler:
         batch_size: int = 1,
         seed: int = 0,
         paired: Sequence[bool] | None = None,
+        *,
+        pixels: int = 0,
+        multiple: int = 1,
     ) -> None:
         """``weights`` are relative and by task, 1 for a task that is not named; 0 leaves a task out.
+
+        ``pixels``: in place of ``batch_size`` samples a batch has as many as have this many latent pixels, references
+        counted, rounded down to a multiple of ``multiple``, and at least that.
 
         Raises:
             ConfigError: a weight of a task that is not there, negative or not finite, or nothing left to draw.
@@ -223,7 +274,7 @@ class Sampler:
             raise ConfigError(f"the batch size must be at least 1, got {batch_size}")
         if not tasks:
             raise InputError("there are no rows to train on")
-        self.batch_size, self.seed, self.tasks = batch_size, seed, list(tasks)
+        self.seed, self.tasks = seed, list(tasks)
         self.weights = _row_weights(tasks, weights or {})
         kinds = list(zip(shapes, paired or [True] * len(tasks), strict=True))
         members: dict[tuple[Shape, bool], list[int]] = {}
@@ -231,15 +282,30 @@ class Sampler:
             if self.weights[row] > 0:
                 members.setdefault(kind, []).append(row)
         self.groups = [np.array(rows) for rows in members.values()]
+        self._sizes = [batch_size] * len(self.groups)
+        if pixels:
+            self._sizes = [max(1, pixels // latent_pixels(shape) // multiple) * multiple for shape, _ in members]
         self._group_of = {row: number for number, rows in enumerate(self.groups) for row in rows.tolist()}
-        self._group_chances = np.cumsum([self.weights[rows].sum() for rows in self.groups])
+        each = zip(self.groups, self._sizes, strict=True)
+        self._group_chances = np.cumsum([self.weights[rows].sum() / size for rows, size in each])
         self._row_chances = [np.cumsum(self.weights[rows]) for rows in self.groups]
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Numbers of samples that a batch can have, in ascending order."""
+        return tuple(sorted(set(self._sizes)))
+
+    @property
+    def mean_size(self) -> float:
+        """Samples of a batch, over a long run."""
+        return float(self.weights.sum() / self._group_chances[-1])
+
     def draw(self, number: int) -> list[int]:
-        """Rows of global batch ``number``, ``batch_size`` of them, with replacement."""
+        """Rows of global batch ``number``, with replacement."""
         rng = np.random.default_rng((self.seed, number))
         group = _pick(self._group_chances, rng.random())
-        return [int(self.groups[group][_pick(self._row_chances[group], rng.random())]) for _ in range(self.batch_size)]
+        rows, chances, size = self.groups[group], self._row_chances[group], self._sizes[group]
+        return [int(rows[_pick(chances, rng.random())]) for _ in range(size)]
 
     def substitutes(self, number: int, place: int, row: int) -> Iterator[int]:
         """Every other row of the group of ``row``, which sample ``place`` of batch ``number`` drew, its task first."""
@@ -249,6 +315,55 @@ class Sampler:
             yield from (
                 other for other in order if other != row and (self.tasks[other] == self.tasks[row]) == same_task
             )
+
+
+class JointSampler:
+    """Of a ``JointSource``: a batch is one of stills with the probability ``share``, else one of clips."""
+
+    def __init__(self, clips: Sampler, stills: Sampler, share: float, seed: int = 0) -> None:
+        self.parts, self.share, self.seed, self.first = (clips, stills), share, seed, len(clips.tasks)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Numbers of samples that a batch can have, in ascending order."""
+        return tuple(sorted({size for part in self.parts for size in part.sizes}))
+
+    def draw(self, number: int) -> list[int]:
+        """Rows of global batch ``number``; those of stills are counted on from the clips'."""
+        clips, stills = self.parts
+        if np.random.default_rng((self.seed, number, _WHICH)).random() >= self.share:
+            return clips.draw(number)
+        return [self.first + row for row in stills.draw(number)]
+
+    def substitutes(self, number: int, place: int, row: int) -> Iterator[int]:
+        """As a ``Sampler``'s: a clip takes the place of a clip."""
+        clips, stills = self.parts
+        if row < self.first:
+            return clips.substitutes(number, place, row)
+        return (self.first + other for other in stills.substitutes(number, place, row - self.first))
+
+
+_WHICH = 2**31  # keys the draws between clips and stills; the places in a batch, which key substitutes, are smaller
+
+
+def make_sampler(
+    source: Source, config: DataConfig, batch_size: int, seed: int, multiple: int = 1
+) -> Sampler | JointSampler:
+    """Batches of ``source`` by the weights of ``config``; those of stills, if any, are multiples of ``multiple``."""
+    clips, *more = source.parts if isinstance(source, JointSource) else (source,)
+    first = Sampler(clips.shapes, clips.tasks, config.task_weights, batch_size, seed, clips.paired)
+    if not more:
+        return first
+    (stills,), told = more, config.stills
+    pixels = batch_size * min(map(latent_pixels, clips.shapes))
+    kinds = (stills.shapes, stills.tasks, told.task_weights)
+    second = Sampler(*kinds, seed=seed, paired=stills.paired, pixels=pixels, multiple=multiple)
+    return JointSampler(first, second, told.share, seed)
+
+
+def latent_pixels(shape: Shape) -> int:
+    """Of one example, references among them."""
+    return math.prod(shape.latent[1:])
 
 
 def _pick(cumulated: np.ndarray, chance: float) -> int:
@@ -281,7 +396,7 @@ class Feeder:
     def __init__(
         self,
         source: Source,
-        sampler: Sampler,
+        sampler: Sampler | JointSampler,
         dp_rank: int = 0,
         dp_size: int = 1,
         workers: int = 2,
@@ -293,16 +408,16 @@ class Feeder:
         Raises:
             ConfigError: ranks that do not divide the batch, or numbers out of range.
         """
-        if sampler.batch_size % dp_size or not 0 <= dp_rank < dp_size:
+        odd = next((size for size in sampler.sizes if size % dp_size), None)
+        if odd is not None or not 0 <= dp_rank < dp_size:
             raise ConfigError(
-                f"a global batch of {sampler.batch_size} cannot be shared by {dp_size} data-parallel ranks: "
+                f"a global batch of {odd or sampler.sizes[0]} cannot be shared by {dp_size} data-parallel ranks: "
                 f"use a multiple of {dp_size}"
             )
         if workers < 0 or prefetch < 1:
             raise ConfigError(f"workers must be at least 0 and prefetch at least 1, got {workers} and {prefetch}")
         self.source, self.sampler, self.number = source, sampler, start
-        share = sampler.batch_size // dp_size
-        self.places = range(dp_rank * share, (dp_rank + 1) * share)
+        self._rank, self._ranks, self._most = dp_rank, dp_size, sampler.sizes[-1]
         self._bad: dict[int, str] = {}  # row -> why it cannot be read
         self._lock = Lock()
         # One OpenMP thread each: with a second team beside the training's there are more threads than cores; libgomp
@@ -344,9 +459,11 @@ class Feeder:
 
     def _batch(self, number: int) -> Batch:
         """This rank's samples of global batch ``number``."""
-        rows, first = self.sampler.draw(number), number * self.sampler.batch_size
-        examples = [self._load(number, place, rows[place]) for place in self.places]
-        return collate(examples, [first + place for place in self.places])
+        rows, first = self.sampler.draw(number), number * self._most
+        share = len(rows) // self._ranks
+        places = range(self._rank * share, (self._rank + 1) * share)
+        examples = [self._load(number, place, rows[place]) for place in places]
+        return collate(examples, [first + place for place in places])
 
     def _load(self, number: int, place: int, drawn: int) -> Example:
         """The drawn row or, if its file is at fault, the first substitute that loads."""

@@ -63,13 +63,39 @@ class TableConfig:
 
 
 @dataclass
+class StillsConfig:
+    """A second encoded folder that a share of the batches comes from: shorter clips, as a rule single frames.
+
+    As many of them make a batch as have the latent pixels of a batch of the other folder's smallest clips.
+    """
+
+    encoded: str | None = None  # None: there is none
+    share: float = 0.5  # of the batches
+    task_weights: dict[str, float] = field(default_factory=dict)  # among themselves, as those of the clips
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise ConfigError(
+                f"data.stills.share is a share of the batches, above 0 and below 1, got {self.share}; to train on "
+                "stills alone give their folder as data.encoded"
+            )
+
+
+@dataclass
 class DataConfig(TableConfig):
     """What a training run reads: a table, encoded on the fly, or a folder that ``training/encode.py`` made of one."""
 
     encoded: str | None = None
     task_weights: dict[str, float] = field(default_factory=dict)  # relative; 1 for a task that is not named
     prefetch: int = 2  # batches loaded ahead
-    keep: int = 0  # encoded rows that stay in memory, so that small ones are read and checked once
+    keep: int = 0  # encoded rows that stay in memory (of each folder), so that small ones are read and checked once
+    stills: StillsConfig = field(default_factory=StillsConfig)  # beside the clips of ``encoded``
+
+    def __post_init__(self) -> None:
+        if self.stills.encoded is not None and self.encoded is None:
+            raise ConfigError(
+                "data.stills.encoded is a second folder: give the first one, that of the clips, as data.encoded"
+            )
 
 
 @dataclass(frozen=True)

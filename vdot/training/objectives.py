@@ -14,7 +14,7 @@ from torch import Tensor
 from vdot.checkpoints import inspect_checkpoint, load_vae
 from vdot.conditioning import Condition, encode_context
 from vdot.data.batch import Batch
-from vdot.data.dataset import Feeder, Sampler, Source
+from vdot.data.dataset import Feeder, Source, make_sampler
 from vdot.distillation.draws import Draws, keyed_generator
 from vdot.distillation.losses import denoising_loss
 from vdot.distillation.networks import Network
@@ -177,14 +177,15 @@ class DitObjective:
     @contextmanager
     def batches(self, start: int) -> Iterator[Feeder | Together]:
         config, source, groups = self.config, self.source, self.ranks.mesh.videos
-        weights, data = config.data.task_weights, config.data
-        sampler = Sampler(source.shapes, source.tasks, weights, config.batch_size, config.seed, source.paired)
+        data = config.data
+        sampler = make_sampler(source, data, config.batch_size, config.seed, groups.size)
         with Feeder(source, sampler, groups.rank, groups.size, data.workers, start, data.prefetch) as feeder:
             yield feeder if self.ranks.mesh.sequence.size == 1 else Together(feeder, self.ranks)
 
     def work(self, step: int, batch: Batch) -> tuple[float, float]:
         latent = batch.shape.latent
-        return self.cost.tokens(latent), self.cost.flops(step, latent)
+        scale = len(batch.rows) * self.ranks.mesh.videos.size / self.config.batch_size  # the loop counts batch_size
+        return scale * self.cost.tokens(latent), scale * self.cost.flops(step, latent)
 
     def state(self) -> State:
         state: State = {"ema": self.ema.state()} if self.ema is not None else {}

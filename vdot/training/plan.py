@@ -2,13 +2,13 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, log10, prod
 
 from vdot.checkpoints import inspect_checkpoint
 from vdot.checkpoints.networks import network_configs
 from vdot.data.batch import Shape
-from vdot.data.dataset import EncodedSource, Sampler, check_settings
+from vdot.data.dataset import JointSource, Sampler, latent_pixels, open_encoded
 from vdot.data.manifest import check_table
 from vdot.data.world import world_rows
 from vdot.distillation.steps import judges, terms_of
@@ -140,20 +140,30 @@ class Rows:
     tasks: Sequence[str]
     shapes: Sequence[Shape]
     paired: Sequence[bool]
+    stills: "Rows | None" = None  # of ``data.stills``; memory is counted for the clips, which fill no less of it
 
     def describe(self, config: TrainConfig, dit: DitConfig) -> list[str]:
         """``ConfigError`` for weights of tasks that are not there."""
-        weights = Sampler(
-            self.shapes, self.tasks, config.data.task_weights, config.batch_size, config.seed, self.paired
-        ).weights
+        data, batches = config.data, config.steps * config.accumulation
+        clips = Sampler(self.shapes, self.tasks, data.task_weights, config.batch_size, paired=self.paired)
+        if self.stills is None:
+            return self._describe("data", clips, batches, dit)
+        pixels, more = config.batch_size * min(map(latent_pixels, self.shapes)), self.stills
+        stills = Sampler(more.shapes, more.tasks, data.stills.task_weights, paired=more.paired, pixels=pixels)
+        return [
+            *self._describe("clips", clips, batches * (1 - data.stills.share), dit),
+            *more._describe("stills", stills, batches * data.stills.share, dit),
+        ]
+
+    def _describe(self, name: str, sampler: Sampler, batches: float, dit: DitConfig) -> list[str]:
+        weights, drawn = sampler.weights, round(batches * sampler.mean_size)
         shares = {task: 0.0 for task in dict.fromkeys(self.tasks)}
         for task, weight in zip(self.tasks, weights / weights.sum(), strict=True):
             shares[task] += float(weight)
         rows = Counter(self.tasks)
         real = Counter(task for task, paired in zip(self.tasks, self.paired, strict=True) if paired)
-        drawn = config.steps * config.accumulation * config.batch_size
         epochs = drawn / len(self.tasks)
-        lines = [f"data  {len(self.tasks)} rows; {drawn} samples in {config.steps} steps: {epochs:.2f} epochs"]
+        lines = [f"{name}  {len(self.tasks)} rows; {drawn} samples in {batches:g} batches: {epochs:.2f} epochs"]
         for task in rows:
             lines.append(
                 f"  {task:<24} {rows[task]:7d} rows {shares[task]:6.1%} of samples, "
@@ -184,9 +194,10 @@ def read_rows(config: TrainConfig, ranks: Ranks) -> Rows:
         return Rows(tasks, shapes, [True] * len(tasks))
     if config.data.encoded is not None:
         with ranks.agree():
-            source = EncodedSource(config.data.encoded)
-            check_settings(source, config.data, config.ckpt_dir)
-        return Rows(source.tasks, source.shapes, source.paired)
+            source = open_encoded(config.data, config.ckpt_dir)
+        parts = source.parts if isinstance(source, JointSource) else (source,)
+        first, *more = [Rows(part.tasks, part.shapes, part.paired) for part in parts]
+        return replace(first, stills=more[0] if more else None)
     with ranks.agree():
         notes = inspect_checkpoint(config.ckpt_dir).defaults
         defaults = Defaults.from_dict(notes or {}, f"{config.ckpt_dir}/defaults.json")
