@@ -1,10 +1,11 @@
-"""Convert a checkpoint between layouts. `python scripts/convert_checkpoint.py --help` shows how."""
+"""Convert a checkpoint between layouts, or blend two. `python scripts/convert_checkpoint.py --help` shows how."""
 
 import argparse
 import logging
 import sys
 
 from vdot.checkpoints import CheckpointInfo, inspect_checkpoint, load_dit, load_text_encoder, load_vae, save_checkpoint
+from vdot.checkpoints.blending import blend
 from vdot.checkpoints.saving import LAYOUTS
 from vdot.errors import VdotError
 
@@ -21,8 +22,11 @@ examples
     python scripts/convert_checkpoint.py models/VDOT models/VDOT-diffusers --layout diffusers --dtype bfloat16
   only the transformer of a training run's raw .pt
     python scripts/convert_checkpoint.py results/run/step_1000.pt models/mine --state_key generator_ema --parts dit
+  half way between two states of one training
+    python scripts/convert_checkpoint.py results/train/mine/export models/mean --blend results/train/more/export
 
-Peak memory is the size of the converted weights; nothing appears at the target until it is complete.
+Peak memory is the size of the converted weights, with --blend twice the transformer more; nothing appears at the
+target until it is complete.
 """
 
 
@@ -39,6 +43,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="default: all there are; the transformer always",
     )
     parser.add_argument("--state_key", help="which state dict of a .pt that holds several, e.g. generator_ema")
+    parser.add_argument("--blend", metavar="OTHER", help="mix in the transformer of another state of the same training")
+    parser.add_argument("--share", type=float, default=0.5, help="with --blend: of OTHER, 0 to 1 (default: 0.5)")
     parser.add_argument("--overwrite", action="store_true", help="replace the target folder if it exists")
     return parser.parse_args(argv)
 
@@ -64,6 +70,8 @@ def main(argv: list[str] | None = None) -> int:
         wanted = {part for part in info.parts if args.parts is None or part in args.parts}
         dtype = {part: args.dtype or info.parts[part].stored_dtype for part in wanted}
         dit = load_dit(args.source, dtype["dit"] if "dit" in wanted else "float32", state_key=args.state_key)
+        if args.blend is not None:
+            dit = blend(dit, load_dit(args.blend, "float32"), args.share)
         text = load_text_encoder(args.source, dtype["text_encoder"]) if "text_encoder" in wanted else None
         vae = load_vae(args.source, dtype["vae"]) if "vae" in wanted else None
         notes = {"schedule": info.schedule, "defaults": info.defaults}
