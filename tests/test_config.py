@@ -159,7 +159,7 @@ def test_tables_within_a_config_hold_any_text_and_name_what_is_wrong():
     from vdot.training.config import TrainConfig
 
     config = load_config(TrainConfig, None, ["data.negative_prompt=${a}", "data.task_weights.depth=2"])
-    config = load_config(TrainConfig, None, ["steps=3"], {"data": vars(config.data)})
+    config = load_config(TrainConfig, None, ["steps=3"], {"data": asdict(config.data)})
     assert config.data.negative_prompt == "${a}" and config.data.task_weights == {"depth": 2.0} and config.steps == 3
     assert load_config(TrainConfig, None, ["export_layouts=[]"]).export_layouts == []
     weights = load_config(TrainConfig, None, ["data.task_weights={t2v: 2, r2v:1e-1}"]).data.task_weights
