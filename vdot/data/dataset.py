@@ -31,8 +31,8 @@ from vdot.request import Defaults, parse_size
 from vdot.runtime import log
 
 
-class Source(Protocol):
-    """Examples by index. All that is known before loading one: its shape, its task, and whether it has a real clip."""
+class Kinds(Protocol):
+    """All that is known of examples before loading one: its shape, its task, and whether it has a real clip."""
 
     @property
     def shapes(self) -> Sequence[Shape]: ...
@@ -44,6 +44,10 @@ class Source(Protocol):
     def paired(self) -> Sequence[bool]:
         """Whether ``load`` gives a ``real``: batches either have it or not, so this decides what goes together."""
         ...
+
+
+class Source(Kinds, Protocol):
+    """Examples by index."""
 
     @property
     def identity(self) -> str:
@@ -354,11 +358,17 @@ def make_sampler(
     first = Sampler(clips.shapes, clips.tasks, config.task_weights, batch_size, seed, clips.paired)
     if not more:
         return first
-    (stills,), told = more, config.stills
-    pixels = batch_size * min(map(latent_pixels, clips.shapes))
-    kinds = (stills.shapes, stills.tasks, told.task_weights)
-    second = Sampler(*kinds, seed=seed, paired=stills.paired, pixels=pixels, multiple=multiple)
-    return JointSampler(first, second, told.share, seed)
+    second = stills_sampler(clips.shapes, more[0], config, batch_size, seed, multiple)
+    return JointSampler(first, second, config.stills.share, seed)
+
+
+def stills_sampler(
+    clips: Sequence[Shape], stills: "Kinds", config: DataConfig, batch_size: int, seed: int = 0, multiple: int = 1
+) -> Sampler:
+    """Batches with the latent pixels of ``batch_size`` of the smallest of ``clips``."""
+    pixels = batch_size * min(map(latent_pixels, clips))
+    kinds = (stills.shapes, stills.tasks, config.stills.task_weights)
+    return Sampler(*kinds, seed=seed, paired=stills.paired, pixels=pixels, multiple=multiple)
 
 
 def latent_pixels(shape: Shape) -> int:

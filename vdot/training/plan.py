@@ -8,7 +8,7 @@ from math import ceil, log10, prod
 from vdot.checkpoints import inspect_checkpoint
 from vdot.checkpoints.networks import network_configs
 from vdot.data.batch import Shape
-from vdot.data.dataset import JointSource, Sampler, latent_pixels, open_encoded
+from vdot.data.dataset import JointSource, Sampler, open_encoded, stills_sampler
 from vdot.data.manifest import check_table
 from vdot.data.world import world_rows
 from vdot.distillation.steps import judges, terms_of
@@ -148,11 +148,10 @@ class Rows:
         clips = Sampler(self.shapes, self.tasks, data.task_weights, config.batch_size, paired=self.paired)
         if self.stills is None:
             return self._describe("data", clips, batches, dit)
-        pixels, more = config.batch_size * min(map(latent_pixels, self.shapes)), self.stills
-        stills = Sampler(more.shapes, more.tasks, data.stills.task_weights, paired=more.paired, pixels=pixels)
+        stills = stills_sampler(self.shapes, self.stills, data, config.batch_size)
         return [
             *self._describe("clips", clips, batches * (1 - data.stills.share), dit),
-            *more._describe("stills", stills, batches * data.stills.share, dit),
+            *self.stills._describe("stills", stills, batches * data.stills.share, dit),
         ]
 
     def _describe(self, name: str, sampler: Sampler, batches: float, dit: DitConfig) -> list[str]:
