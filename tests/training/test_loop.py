@@ -22,7 +22,7 @@ from vdot.data.dataset import JointSource, latent_pixels, make_sampler
 from vdot.errors import CheckpointError, ConfigError, InputError, TrainingError
 from vdot.parallel.state import Ranks
 from vdot.training.checkpoint import CheckpointStore
-from vdot.training.cli import OBJECTIVES, main
+from vdot.training.cli import OBJECTIVES, check_named, main
 from vdot.training.config import TrainConfig
 from vdot.training.loop import export_only, train
 from vdot.training.lora import extract
@@ -118,6 +118,12 @@ def test_clips_and_stills_train_together_and_go_on(objective, teacher, tmp_path)
     lines = read_metrics(tmp_path / "whole" / "metrics.jsonl")
     assert [round(line["tokens_per_second"] * line["seconds"]) for line in lines] == counted
     assert {source.shapes[rows[0]].frames for rows in drawn} == {1, 2} and {len(rows) for rows in drawn} > {2}
+
+
+def test_stills_go_beside_an_encoded_folder(teacher, tmp_path):
+    given = toy_config(teacher, tmp_path, data__path="table.csv", data__stills__encoded="stills")
+    with pytest.raises(ConfigError, match="give the first one, that of the clips"):
+        check_named(given)
 
 
 def test_a_checkpoint_of_other_networks_is_refused(teacher, tmp_path):

@@ -91,12 +91,6 @@ class DataConfig(TableConfig):
     keep: int = 0  # encoded rows that stay in memory (of each folder), so that small ones are read and checked once
     stills: StillsConfig = field(default_factory=StillsConfig)  # beside the clips of ``encoded``
 
-    def __post_init__(self) -> None:
-        if self.stills.encoded is not None and self.encoded is None:
-            raise ConfigError(
-                "data.stills.encoded is a second folder: give the first one, that of the clips, as data.encoded"
-            )
-
 
 @dataclass(frozen=True)
 class Row:

@@ -170,6 +170,10 @@ def check_named(config: TrainConfig) -> None:
             "name the training data, one of: data.encoded=FOLDER (made by training/encode.py), data.path=TABLE.csv, "
             "or world.clips=NUMBER of the procedural world"
         )
+    if config.data.stills.encoded is not None and config.data.encoded is None:
+        raise ConfigError(
+            "data.stills.encoded is a second folder: give the first one, that of the clips, as data.encoded"
+        )
 
 
 def open_data(config: TrainConfig, device: torch.device, ranks: Ranks) -> Source:
