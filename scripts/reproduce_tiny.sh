@@ -3,12 +3,12 @@
 #   bash scripts/reproduce_tiny.sh               everything into results/; stopped anywhere, the same command goes on
 #   bash scripts/reproduce_tiny.sh steps=10      key=value for every training (here: a rehearsal of minutes)
 #   bash scripts/reproduce_tiny.sh parallel.compute=bfloat16 parallel.compile=true parallel.autocast=true    CPUs with AMX
-# Lengths are those of configs/train. By its parts, measured on two CPU cores, twenty-two hours in all
+# Lengths are those of configs/train. By its parts, measured on two CPU cores, twenty-three hours in all
 # (benchmarks/RESULTS.md). Seen from far, with AMX: text encoder 13 minutes, autoencoder 62 alone, encoding 40,
 # teacher 86; of the ablation 65 for its 24 students, about 115 for sampling and measuring 36 rows of 512 tasks each.
 # Seen from near, without AMX: decoder 20 on one core, encoding 44, teacher 227, with finer patches 88; with AMX 15
 # for the new clips, 83 for the teacher on them; without, 8 and 41 for newer ones, 20 and 62 for those told more often
-# without a source, student 17, single frames 12, teacher on them 13 and on both 56; the table took 60 of coarse
+# without a source, student 17, single frames 18, teacher on them 13 and on both 56 and 42; the table took 60 of coarse
 # patches, that of finer ones was not run as a whole. On a GPU, from steps measured on an H200 and never run as a whole:
 # autoencoder at most 15 minutes, encoding 2, teachers at most 20 and 30; the finer patches and the text encoder were not
 # tried there.
@@ -64,7 +64,7 @@ train_as tiny_told tiny_fine ckpt_dir="$runs/tiny_gentle/export" data.encoded="$
     generator.lr=1.5e-3 flow.noise.shift=2 flow.drop_source=0.4 \
     data.task_weights="{t2v: 2, r2v: 3, r2v_several: 3, layout: 2, swap_anything: 2}" "$@"
 # Shapes are learned from many things, not from how they move: single frames, five of which cost what a clip does.
-encode "$runs/tiny_stills_world" world.clips="${STILLS:-65536}" world.seed=2500000 world.frames=1 \
+encode "$runs/tiny_stills_world" world.clips="${STILLS:-94464}" world.seed=2500000 world.frames=1 \
     world.tasks="[t2v,r2v,t2v,layout,t2v,r2v_several,r2v,swap_anything]" world.view=near vae_dtype=bfloat16
 train_as tiny_stills tiny_fine ckpt_dir="$runs/tiny_told/export" data.encoded="$runs/tiny_stills_world" batch_size=80 \
     steps=700 generator.lr=1.5e-3 flow.noise.shift=2 data.task_weights="{t2v: 3}" "$@"
@@ -72,9 +72,16 @@ train_as tiny_joint tiny_fine ckpt_dir="$runs/tiny_stills/export" data.encoded="
     data.stills.encoded="$runs/tiny_stills_world" data.stills.share=0.75 \
     data.stills.task_weights="{t2v: 3, r2v: 2, swap_anything: 0.5}" data.task_weights="{r2v: 2, r2v_several: 2}" \
     steps=2800 generator.lr=2.5e-3 flow.noise.shift=2 flow.drop_source=0.3 "$@"
-# models/vace-tiny. Alone the last is better by words and worse by conditions; half way between the two nothing is lost.
+# Alone the last is better by words and worse by conditions; half way between the two nothing is lost.
 [ -d "$runs/tiny_between" ] ||
     python scripts/convert_checkpoint.py "$runs/tiny_told/export" "$runs/tiny_between" --blend "$runs/tiny_joint/export"
+# On once more, more clips among the single frames and more of them with their sources. Half way again: models/vace-tiny.
+train_as tiny_again tiny_fine ckpt_dir="$runs/tiny_joint/export" data.encoded="$runs/tiny_told_world" \
+    data.stills.encoded="$runs/tiny_stills_world" data.stills.share=0.6 \
+    data.stills.task_weights="{t2v: 3, r2v: 2, swap_anything: 0.5}" data.task_weights="{r2v: 2, r2v_several: 2}" \
+    steps=2000 generator.lr=1.5e-3 flow.noise.shift=2 flow.drop_source=0.15 "$@"
+[ -d "$runs/tiny_middle" ] ||
+    python scripts/convert_checkpoint.py "$runs/tiny_between" "$runs/tiny_middle" --blend "$runs/tiny_again/export"
 table() { # FOLDER WORLD TEACHER SEEDS options: where the students are trained and measured, on which clips, from whom
     local out="$1" world="$2" teacher="$3" seeds="$4"
     shift 4
