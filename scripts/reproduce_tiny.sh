@@ -68,18 +68,19 @@ encode "$runs/tiny_stills_world" world.clips="${STILLS:-94464}" world.seed=25000
     world.tasks="[t2v,r2v,t2v,layout,t2v,r2v_several,r2v,swap_anything]" world.view=near vae_dtype=bfloat16
 train_as tiny_stills tiny_fine ckpt_dir="$runs/tiny_told/export" data.encoded="$runs/tiny_stills_world" batch_size=80 \
     steps=700 generator.lr=1.5e-3 flow.noise.shift=2 data.task_weights="{t2v: 3}" "$@"
-train_as tiny_joint tiny_fine ckpt_dir="$runs/tiny_stills/export" data.encoded="$runs/tiny_told_world" \
-    data.stills.encoded="$runs/tiny_stills_world" data.stills.share=0.75 \
-    data.stills.task_weights="{t2v: 3, r2v: 2, swap_anything: 0.5}" data.task_weights="{r2v: 2, r2v_several: 2}" \
-    steps=2800 generator.lr=2.5e-3 flow.noise.shift=2 flow.drop_source=0.3 "$@"
+train_both() { # NAME START key=value...: on clips and single frames
+    local name="$1" start="$2"
+    shift 2
+    train_as "$name" tiny_fine ckpt_dir="$runs/$start/export" data.encoded="$runs/tiny_told_world" flow.noise.shift=2 \
+        data.stills.encoded="$runs/tiny_stills_world" data.task_weights="{r2v: 2, r2v_several: 2}" \
+        data.stills.task_weights="{t2v: 3, r2v: 2, swap_anything: 0.5}" "$@"
+}
+train_both tiny_joint tiny_stills data.stills.share=0.75 steps=2800 generator.lr=2.5e-3 flow.drop_source=0.3 "$@"
 # Alone the last is better by words and worse by conditions; half way between the two nothing is lost.
 [ -d "$runs/tiny_between" ] ||
     python scripts/convert_checkpoint.py "$runs/tiny_told/export" "$runs/tiny_between" --blend "$runs/tiny_joint/export"
 # On once more, more clips among the single frames and more of them with their sources. Half way again: models/vace-tiny.
-train_as tiny_again tiny_fine ckpt_dir="$runs/tiny_joint/export" data.encoded="$runs/tiny_told_world" \
-    data.stills.encoded="$runs/tiny_stills_world" data.stills.share=0.6 \
-    data.stills.task_weights="{t2v: 3, r2v: 2, swap_anything: 0.5}" data.task_weights="{r2v: 2, r2v_several: 2}" \
-    steps=2000 generator.lr=1.5e-3 flow.noise.shift=2 flow.drop_source=0.15 "$@"
+train_both tiny_again tiny_joint data.stills.share=0.6 steps=2000 generator.lr=1.5e-3 flow.drop_source=0.15 "$@"
 [ -d "$runs/tiny_middle" ] ||
     python scripts/convert_checkpoint.py "$runs/tiny_between" "$runs/tiny_middle" --blend "$runs/tiny_again/export"
 table() { # FOLDER WORLD TEACHER SEEDS options: where the students are trained and measured, on which clips, from whom
